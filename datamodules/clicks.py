@@ -192,9 +192,8 @@ class FolderData(pl.LightningDataModule):
         if rank == 0 and largest > _UNEVEN:
             groups = sum(len(file.row_groups) for file in part_files(self.schema, ["train"]))
             log.warning(
-                "the busiest rank trains %.2f times the mean number of samples of a batch, and the others wait for "
-                "it: data.shuffle window gives whole row groups to ranks, and the training split has %s of them. Use "
-                "data.shuffle full with data.cache memory if the rows fit into memory, or fewer ranks",
+                "the busiest rank trains on %.2f times the mean number of samples, and the others wait for it: the "
+                "training split has only %s row groups; use data.shuffle full with data.cache memory, or fewer ranks",
                 *(largest, groups),
             )
 

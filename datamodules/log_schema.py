@@ -241,7 +241,7 @@ class LogSchema:
             if name not in names and (labelled or key not in ("label", "split")):
                 raise UserError(
                     f"{where} has no column {name!r}, which the schema names ({key})"
-                    f"{nearest_first(name, names, 'its columns are')}"
+                    f"{no_header(names) or nearest_first(name, names, 'its columns are')}"
                 )
         label = self.label_in(names).column
         for name, column in self.columns.items():
@@ -271,6 +271,17 @@ class LogSchema:
     def document(self) -> dict[str, Any]:
         """Return the schema as JSON values, without values at their default."""
         return json.loads(json.dumps(_document(self)))
+
+
+def no_header(names: Collection[str]) -> str:
+    """Return a remedy if names of columns look like values, so that the file seems to have no header."""
+    values = [name for name in names if not name or name.replace(".", "", 1).removeprefix("-").isdecimal()]
+    if len(values) * 3 < len(names):
+        return ""
+    return (
+        f"; its first line looks like values ({listed(list(map(repr, names))[:4])}, ...): if the file has no header, "
+        "give the columns as names: [...] in the schema; Criteo's raw text needs format: criteo, or --dataset"
+    )
 
 
 def parse_label(text: str, names: Collection[str]) -> Label:
@@ -314,12 +325,18 @@ def read_log_schema(path: str | Path) -> LogSchema:
     """
     found = next((place for place in (Path(path), shipped_configs() / path) if place.is_file()), None)
     if found is None:
-        known = [*yaml_files_beside(path), *(name for name in shipped_names() if name.startswith(SCHEMAS))]
+        beside = [name for name in yaml_files_beside(path) if _is_schema(Path(name))]
+        known = [*beside, *(name for name in shipped_names() if name.startswith(SCHEMAS))]
         raise UserError(
             f"no schema {path} here{nearest_first(str(path), known, 'schemas here and shipped are')}; preprocess "
             "--infer writes one"
         )
     return log_schema(read_yaml(found, _EXPECTED), str(path))
+
+
+def _is_schema(path: Path) -> bool:
+    """Whether a YAML file has the keys of a schema."""
+    return re.search(r"(?m)^label:", path.read_text(errors="replace")) is not None
 
 
 def log_schema(content: Mapping[str, Any], where: str = "schema") -> LogSchema:

@@ -35,7 +35,12 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 # Methods of Lightning and torch are documented there.
 autodoc_inherit_docstrings = False
 
+# Typographic quotes would turn the two hyphens of an option into a dash.
+smartquotes = False
+
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = "lightning_dlrm"
 html_copy_source = False
 html_show_copyright = False
@@ -47,7 +52,7 @@ def add_navigation(text: str) -> str:
     for title, section in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL):
         pages = "\n".join(re.findall(r"^\| \[[^\]]+\]\((\w[\w-]*)\.md\)", section, re.MULTILINE))
         trees += f"\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n{pages}\n```\n"
-    others = "\n".join(f"/{name}" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG"))
+    others = "README </README>\n" + "\n".join(f"/{name}" for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG"))
     return f"{text}{trees}\n```{{toctree}}\n:hidden:\n:caption: Project\n\n{others}\n```\n"
 
 

@@ -74,7 +74,7 @@ def cell(text: str) -> str:
 def help_of(action: argparse.Action) -> str:
     """Return the help of an option, with its default filled in."""
     text = (action.help or "") % {"default": action.default, "prog": ""} if action.help else ""
-    if action.choices is not None and not isinstance(action.choices, dict):
+    if action.choices is not None and action.metavar is None and not isinstance(action.choices, dict):
         listed = ", ".join(f"`{choice}`" for choice in action.choices)
         text = f"{text}{': ' if text else ''}{listed}" if listed not in text else text
     return text

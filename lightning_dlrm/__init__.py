@@ -1,4 +1,4 @@
-"""Click-through-rate models on Criteo with PyTorch Lightning.
+"""Click-through-rate models on your own click logs, or on Criteo's, with PyTorch Lightning.
 
 The names of ``__all__`` are this project's public Python API. They are loaded at their first use, so that importing
 the package loads neither torch nor Lightning::

@@ -86,10 +86,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if mistake is None or shows_tracebacks:
             raise
         if _is_printed_here(mistake):
-            print(f"{emphasized('error:', sys.stderr, RED)} {printable(str(mistake))}", file=sys.stderr)
+            message = printable(_with_paths_as_typed(str(mistake), arguments))
+            print(f"{emphasized('error:', sys.stderr, RED)} {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _with_paths_as_typed(message: str, arguments: Sequence[str]) -> str:
+    """Return a message with the relative paths among the arguments in place of their absolute forms."""
+    for argument in arguments:
+        path = Path(argument.rpartition("=")[2])
+        if path != Path() and not path.is_absolute():
+            message = message.replace(str(path.absolute()), str(path))
+    return message
 
 
 def _is_printed_here(mistake: UserError) -> bool:

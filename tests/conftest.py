@@ -6,16 +6,25 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
-import torch
 
-if not torch.cuda.is_available():
-    # Triton looks at this when it is first imported, which Lightning does: its kernels then run on the CPU, for tests
-    # of the fused kernels.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Files are not flushed to the disk: a fit flushes some 200, which takes longer than its steps. No test cuts the power.
+os.fsync = lambda descriptor: None
 
-# Before scikit-learn, after which typing gives Lightning's Optional[Union[int, float]] the order float, int, so that
-# the command line would read a limit of 1 as 1.0.
-import pytorch_lightning  # noqa: F401
+
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        # This process starts those that run the tests.
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        # Triton looks at this when it is first imported, which Lightning does: its kernels then run on the CPU, for
+        # tests of the fused kernels.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Before scikit-learn, after which typing gives Lightning's Optional[Union[int, float]] the order float, int, so
+    # that the command line would read a limit of 1 as 1.0.
+    import pytorch_lightning  # noqa: F401
+
 
 LONGEST = ("tests/front_door", "tests/sharding", "tests/test_notebooks", "tests/cli")
 """Files that start many processes: with ``-n`` they begin first, so that no worker is left alone with them."""

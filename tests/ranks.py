@@ -51,8 +51,3 @@ def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-
-
-def skip_flushes() -> None:
-    """Flush no more files of this process to the disk: a fit flushes some 40, which takes as long as its steps."""
-    os.fsync = lambda descriptor: None

@@ -4,6 +4,7 @@
 rank of each number is a process of its own, forked from one that has imported everything.
 """
 
+import gc
 import json
 import os
 import signal
@@ -34,10 +35,10 @@ from lightning_dlrm.sharding.collectives import Ranks, reserve_port
 from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
-from tests.ranks import environment, skip_flushes
+from tests.ranks import environment
 from tests.toy import TABLES, toy_dcn, toy_dlrm, toy_module, toy_schema, wide_dlrm
 
-STEPS = 20
+STEPS = 12
 GLOBAL_BATCH = 24
 RULES: dict[str, Any] = {
     "sgd": lambda: SGD(0.5),
@@ -424,5 +425,5 @@ def _fork(rank: int, ranks: int, port: int, action: Callable[[int], None]) -> in
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    skip_flushes()
+    gc.freeze()
     run_all(Path(sys.argv[1]))

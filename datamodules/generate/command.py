@@ -16,7 +16,7 @@ from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
-from lightning_dlrm.contracts.terminal import command_after, command_line, counted
+from lightning_dlrm.contracts.terminal import command_after, command_line, counted, wrapped
 
 GENERATE_HELP = "generate data: demo data with a known best score, random data, traces, raw text"
 
@@ -392,10 +392,8 @@ def _run_tsv(args: argparse.Namespace) -> int:
     for path, size in zip(args.output, sizes, strict=True):
         print(f"{path}: {size / 1e6:,.1f} MB")
     print(f"{settings.rows:,} rows after {seconds:.1f} s ({settings.rows / seconds:,.0f} rows/s)")
-    print(
-        f"preprocess them: python -m lightning_dlrm preprocess --dataset {args.dataset} --protocol dlrm "
-        f"--input {' '.join(map(str, args.output))} --output DIR"
-    )
+    options = ["--dataset", args.dataset, "--protocol", "dlrm", "--input", *map(str, args.output), "--output", "DIR"]
+    print(command_after("preprocess them:", command_line("preprocess", *options)))
     return 0
 
 
@@ -403,10 +401,8 @@ def _run_log(args: argparse.Namespace) -> int:
     made = generate_log(LogSettings(form=args.form, rows=args.rows, seed=args.seed), args.output)
     for path in made.files:
         print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
-    print(
-        f"{args.rows:,} rows; best scores any model can reach on all of them: AUC {made.best.auc:.4f}, log loss "
-        f"{made.best.log_loss:.4f}"
-    )
+    scores = f"AUC {made.best.auc:.4f}, log loss {made.best.log_loss:.4f}"
+    print(wrapped([f"{args.rows:,} rows; best scores any model can reach on all of them: {scores}"]))
     return 0
 
 

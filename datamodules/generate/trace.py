@@ -30,6 +30,7 @@ from datamodules.generate.random import chance_scores, dense_block, label_block
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Split
+from lightning_dlrm.contracts.terminal import counted
 
 GENERATOR_VERSION = 1
 """Incremented if the same profile and seed would give other rows."""
@@ -252,10 +253,10 @@ def render_fits(fits: Sequence[Fit]) -> str:
         for line in (
             f"{fit.column}: {fit.accesses:,} accesses; original / generated",
             f"  distinct rows     {fit.distinct[0]:>13,} / {fit.distinct[1]:,}",
-            f"  stack distances   largest difference of the distribution functions {fit.distance_error:.4f}, "
-            f"total variation over octaves {fit.variation:.4f}",
+            f"  stack distances   largest difference of the distribution functions {fit.distance_error:.2%};",
+            f"                    {fit.variation:.2%} in other octaves (total variation)",
             *(
-                f"  LRU hit rate      {first:>13.2%} / {second:.2%} with {rows:,} rows"
+                f"  LRU hit rate      {first:>13.2%} / {second:.2%} with {counted(rows, 'row')}"
                 for rows, first, second in fit.caches
             ),
         )
@@ -301,23 +302,25 @@ def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], path: 
         ):
             _draw(row, profile, accesses, {"label": name, **style})
         distances, hits, distinct = row
-        distances.set(
-            xscale="log", ylim=(0, None), xlabel="stack distance, rows", ylabel="share of accesses in an octave"
-        )
+        distances.set(xscale="log", ylim=(0, None), xlabel="stack distance, rows", ylabel="accesses in an octave, %")
         first = original.beginning(accesses)[0] / accesses
-        hits.axhline(1 - first, color="0.45", linestyle=":", linewidth=1.2)
-        note = f"{first:.0%} of the accesses are the first of their rows: no cache has them"
-        hits.annotate(note, (0.02, 1 - first), (0, 3), ("axes fraction", "data"), "offset points", fontsize=7.5)
-        hits.set(xscale="log", ylim=(0, 1.02), xlabel="rows in the LRU cache", ylabel="hit rate")
+        hits.axhline(100 * (1 - first), color="0.45", linestyle=":", linewidth=1.2)
+        note = f"{first:.0%} of the accesses are the first to their row: no cache serves them"
+        hits.annotate(note, (0.02, 100 * (1 - first)), (0, 3), ("axes fraction", "data"), "offset points", fontsize=7.5)
+        hits.set(
+            xscale="log", ylim=(0, 110), yticks=range(0, 101, 20), xlabel="rows in the LRU cache", ylabel="hits, %"
+        )
         distinct.set(xscale="log", yscale="log", xlabel="accesses", ylabel="unique rows")
+        distinct.yaxis.set_major_formatter("{x:,.0f}")
         distinct.yaxis.set_minor_formatter(LogFormatter())  # of a small table: 24, not 2.4 times ten to the 1
         distances.set_title(f"{original.column}: stack distances", loc="left")
-        hits.set_title("LRU hit rate", loc="left")
+        hits.set_title("Hit rate of an LRU cache", loc="left")
         distinct.set_title("Unique rows", loc="left")
         for ax in row:
             ax.grid(color="0.92")
             ax.set_axisbelow(True)
             ax.spines[["top", "right"]].set_visible(False)
+            ax.xaxis.set_major_formatter("{x:,.0f}")
         distinct.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=110)
 
@@ -325,11 +328,13 @@ def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], path: 
 def _draw(row: Sequence[Any], profile: Profile, accesses: int, style: dict[str, Any]) -> None:
     counts = profile.beginning(accesses)
     octave = np.frexp(CLASS_LOW[1:])[1]
-    shares = np.bincount(octave, counts[1:])[1:] / accesses
+    percent = 100 * np.bincount(octave, counts[1:])[1:] / accesses
     shown = np.flatnonzero(counts[1:])[-1] + 1 if counts[1:].any() else 1
     octaves = int(octave[shown - 1])
-    row[0].step(2.0 ** np.arange(octaves + 1), np.append(shares[:octaves], shares[octaves - 1]), where="post", **style)
+    row[0].step(
+        2.0 ** np.arange(octaves + 1), np.append(percent[:octaves], percent[octaves - 1]), where="post", **style
+    )
     ends = CLASS_LOW[2 : shown + 2] - 1
-    row[1].plot(ends, np.cumsum(counts[1 : len(ends) + 1]) / accesses, **style)
+    row[1].plot(ends, 100 * np.cumsum(counts[1 : len(ends) + 1]) / accesses, **style)
     knots = [phase_end(phase) for phase in range(len(profile.counts)) if phase_end(phase) < accesses]
     row[2].plot([*knots, accesses], [profile.beginning(knot)[0] for knot in (*knots, accesses)], **style)

@@ -14,7 +14,7 @@ from datamodules.preprocess.protocols import DATASETS, PROTOCOLS
 from datamodules.preprocess.report import fit_command, one_label_warnings, render_report, threshold_warnings
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
-from lightning_dlrm.contracts.terminal import command_after, command_line
+from lightning_dlrm.contracts.terminal import command_after, command_line, wrapped
 
 _SMALL_LOG = 1_000_000
 """Number of training rows below which the recipes for small logs are better."""
@@ -223,7 +223,7 @@ def run(args: argparse.Namespace) -> int:
                 f"--infer writes a schema and makes no dataset; leave out --{name} or --infer",
             )
         names = None if args.columns is None else [name.strip() for name in args.columns.split(",")]
-        print(infer(args.infer, args.label, args.input, names))
+        print(wrapped(infer(args.infer, args.label, args.input, names).splitlines()))
         return 0
     for name in ("label", "columns"):
         require(

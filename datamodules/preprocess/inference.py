@@ -148,7 +148,11 @@ def _split(
             return {"by": "column", "column": column.name, **named}, "its values are names of splits"
     for column in facts:
         if column.kind == "time" and column.name in choices and _splits_labels(column, label, sample):
-            return {"by": "time", "column": column.name, "ratios": list(_RATIOS)}, "later rows are for test, as in use"
+            return {
+                "by": "time",
+                "column": column.name,
+                "ratios": list(_RATIOS),
+            }, "later rows are for test, as in production"
     return (
         {"by": "random", "seed": 0, "ratios": list(_RATIOS)},
         "no column of times can split the rows; if the rows are in the order of time, use {by: position, ratios: [0.8, "

@@ -9,6 +9,7 @@ from typing import Any
 from datamodules.folder import Folder, check_sizes, load_schema, part_files, verify
 from datamodules.preprocess.inspection import render, summary
 from datamodules.preprocess.leakage import equal_rows
+from datamodules.preprocess.protocols import PROTOCOLS
 from datamodules.preprocess.report import one_label_warnings
 from datamodules.preprocess.skew import all_skews, check_figure, draw
 from lightning_dlrm.contracts.terminal import wrapped
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     if args.leakage:
         facts["leakage"] = equal_rows(folder, schema)
     if args.plot is not None:
-        title = f"{folder}: {schema.dataset}, protocol {schema.protocol}, {facts['rows']:,} rows"
+        protocol = f", protocol {schema.protocol}" if schema.protocol in PROTOCOLS else ""
+        title = f"{folder}: {schema.dataset} data{protocol}, {facts['rows']:,} rows"
         draw(list(all_skews(folder, schema)), title, args.plot)
     if args.json:
         print(json.dumps(facts, indent=1))

@@ -1,7 +1,7 @@
 """The facts of a dataset folder, as tables or as JSON, for ``inspect``."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ class _Report:
 def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any]:
     """Return the facts of a dataset as JSON values.
 
-    ``columns`` has for each column ``missing`` (share of the rows read), ``most_frequent`` (share of the lookups of the
-    most frequent id), ``ids_for_90`` (the smallest number of ids that 90% of the lookups go to) and ``unknown`` (share
-    of the rows after the training split); None if not known. ``note`` names columns of one value, none, and few bins.
+    ``columns`` has for each column ``missing`` (share of the rows read, or of those written if it is counted in them),
+    ``most_frequent`` (share of the lookups of the most frequent id), ``ids_for_90`` (the smallest number of ids that
+    90% of the lookups go to) and ``unknown`` (share of the rows after the training split); None if not known. ``note``
+    names columns of one value, none, and few bins.
 
     Raises:
         UserError: a vocabulary is not a readable Parquet file.
@@ -66,10 +67,14 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
                 "cardinality": column.cardinality,
                 "transform": column.transform,
                 "reserved": dict(column.reserved),
-                "missing": missing[column.name] / rows_read if column.name in missing else None,
+                "missing": missing[column.name] / rows_read
+                if column.name in missing
+                else _cell_share(schema, column.name, "missing", schema.cells),
                 "most_frequent": skew.most_frequent if skew else None,
                 "ids_for_90": skew.ids_for.get(0.9) if skew else None,
-                "unknown": _unknown_share(schema, column.name),
+                "unknown": _cell_share(
+                    schema, column.name, "unknown", [name for name in schema.cells if name != "train"]
+                ),
                 "note": _note(schema, column, report.distinct.get(column.name)),
             }
             for column in schema.columns
@@ -82,15 +87,11 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
     }
 
 
-def _unknown_share(schema: DatasetSchema, column: str) -> float | None:
-    """Return the share of unknown values among the rows after the training split; None if they are not counted."""
-    counted = [
-        (schema.splits[name].rows, cells[column])
-        for name, cells in schema.cells.items()
-        if name != "train" and column in cells
-    ]
+def _cell_share(schema: DatasetSchema, column: str, kind: str, splits: Iterable[str]) -> float | None:
+    """Return the share of missing, rare or unknown values in a column of some splits; None if they are not counted."""
+    counted = [(schema.splits[name].rows, cells) for name in splits if (cells := schema.cells[name].get(column))]
     rows = sum(of_split for of_split, _ in counted)
-    return sum(cells.get("unknown", 0) for _, cells in counted) / rows if rows else None
+    return sum(cells.get(kind, 0) for _, cells in counted) / rows if rows else None
 
 
 def _note(schema: DatasetSchema, column: Column, values: int | None) -> str:
@@ -121,6 +122,8 @@ def render(facts: Mapping[str, Any]) -> str:
     ]
     if facts["rows_per_file"]:
         lines.append("  made from    " + ", ".join(f"{name} ({rows:,} rows)" for name, rows in facts["rows_per_file"]))
+    if split := facts["settings"].get("schema", {}).get("split"):
+        lines.append(f"  split        {_split_words(**split)}")
     lines += _transforms(facts)
     lines += ["", *_split_table(facts), "", *_column_table(facts)]
     for name, optimum in facts["optimum"].items():
@@ -128,6 +131,12 @@ def render(facts: Mapping[str, Any]) -> str:
     if facts.get("leakage"):
         lines += ["", *render_equal_rows(facts["leakage"])]
     return "\n".join(lines)
+
+
+def _split_words(by: str, **options: Any) -> str:
+    """Return how the schema of a log splits its rows."""
+    given = (f"{name} {', '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in options.items())
+    return ", ".join([by if by == "random" else f"by {by}", *given])
 
 
 def _transforms(facts: Mapping[str, Any]) -> list[str]:
@@ -182,7 +191,7 @@ def _split_table(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _column_table(facts: Mapping[str, Any]) -> list[str]:
-    header = ("column", "role", "table rows", "missing", "unknown", "top id", "90% in", "reserved", "")
+    header = ("column", "role", "table rows", "missing", "unknown", "top id", "90% in", "")
     kinds = dict.fromkeys(kind for column in facts["columns"] for kind in column["reserved"])
     body = [
         (
@@ -194,15 +203,14 @@ def _column_table(facts: Mapping[str, Any]) -> list[str]:
                 for share in ("missing", "unknown", "most_frequent")
             ),
             "" if column["ids_for_90"] is None else f"{column['ids_for_90']:,}",
-            "/".join(str(column["reserved"].get(kind, "-")) for kind in kinds) if column["reserved"] else "",
             column["note"],
         )
         for column in facts["columns"]
     ]
-    total = ("all", "", f"{facts['table_rows']:,}", *[""] * 6)
-    lines = aligned([header, *body, total], left=(0, 1, 8))
-    if facts["table_rows"]:
+    total = ("all", "", f"{facts['table_rows']:,}", *[""] * 5)
+    lines = aligned([header, *body, total], left=(0, 1, 7))
+    if "top id" in lines[0]:
         lines.append("top id: share of the lookups of the most frequent id; 90% in: ids that take 90%")
     if kinds:
-        lines.append(f"reserved: ids of {'/'.join(kinds)} values")
+        lines.append(f"table rows include those of {', '.join(kinds)} values; --json has their ids")
     return lines

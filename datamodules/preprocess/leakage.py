@@ -208,16 +208,16 @@ def render_equal_rows(facts: Mapping[str, Any]) -> list[str]:
         first, second = pair["splits"]
         lines.append(
             f"  {first} and {second}: {pair['rows'][second]:,} rows of {second} ({pair['shares'][second]:.3%}) also "
-            f"occur in {first}, where they are {pair['rows'][first]:,} rows ({pair['shares'][first]:.3%})"
+            f"occur in {first}; they match {pair['rows'][first]:,} rows of {first} ({pair['shares'][first]:.3%})"
         )
     found = sum(within["repeats"] for within in facts["within"].values()) + sum(p["distinct"] for p in facts["between"])
     if found and "train" in facts["within"]:
-        lines += [
-            "  Equal rows also occur in clean data: a visitor sees an advertisement twice, or few and coarse features",
-            "  coincide. If all rows are drawn alike, the share of validation and test rows that are in train is about",
-            f"  twice the share of repeats within train (so up to {2 * facts['within']['train']['share']:.3%} here); "
-            "a much larger share suggests a leak.",
-        ]
+        lines.append(
+            "  Equal rows also occur in clean data: a visitor sees an advertisement twice, or few and coarse features "
+            "coincide. If all rows are drawn alike, the share of validation and test rows that are in train is about "
+            f"twice the share of repeats within train (so up to {2 * facts['within']['train']['share']:.3%} here); "
+            "a much larger share suggests a leak."
+        )
     return lines
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.log_schema import Format, LogSchema
+from datamodules.log_schema import Format, LogSchema, no_header
 from datamodules.preprocess.criteo_reader import CriteoReader
 from datamodules.preprocess.criteo_tsv import COLUMNS, starts_of_rows
 from datamodules.preprocess.json_lines import checked_object, find_keys, json_type
@@ -108,7 +108,8 @@ def _open_reader(source: RawFile, schema: LogSchema, is_new: bool) -> LogReader:
         require(start.removeprefix(_BOM).strip(), f"{source.path} is empty; give files with rows")
         reader = _json_reader(source, schema, start) if form == "jsonl" else _csv_reader(source, schema, start)
     twice = next((name for name in reader.names if reader.names.count(name) > 1), None)
-    require(twice is None, f"{source.path}: {twice!r} occurs twice in the header; rename one of the two columns")
+    remedy = no_header(reader.names) or "; rename one of the two columns"
+    require(twice is None, f"{source.path}: {twice!r} occurs twice in the header{remedy}")
     return reader
 
 

@@ -384,7 +384,7 @@ def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -
     )
     if (finished := target.finished(run)) is not None:
         target.remove_leftovers()
-        job.progress.note(f"{target.output} is finished already: same input, same options; nothing to do")
+        job.progress.note(f"{target.output} is complete: same input, same options; nothing to do")
         return finished
     small = sum(file.size for file in job.files) < _SMALL_BYTES
     count = _worker_count(job.files, job.vocabulary, workers, scheduler, small)

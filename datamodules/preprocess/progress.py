@@ -53,11 +53,11 @@ class StageTime:
         """Return one line.
 
         >>> print(StageTime(name="encode", rows=1_478_027, seconds=1.0, peak_bytes=4 * 10**8, disk_bytes=10**11))
-        encode     1,478,027 rows     1.0 s 1,478,027 rows/s  0.4 GB memory 100.0 GB disk
+        encode     1,478,027 rows    1.0 s  1,478,027 rows/s  0.4 GB memory 100.0 GB disk
         """
         rate = self.rows / self.seconds if self.seconds else 0.0
         return (
-            f"{self.name:<7}{self.rows:>13,} rows {self.seconds:>7,.1f} s {rate:>8,.0f} rows/s "
+            f"{_title(self.name):<7}{self.rows:>13,} rows {self.seconds:>6,.1f} s {rate:>10,.0f} rows/s "
             f"{format_size(self.peak_bytes):>7} memory {format_size(self.disk_bytes):>7} disk"
         )
 
@@ -74,7 +74,7 @@ class Stage:
         self._start, self._line_after = time.monotonic(), _FIRST_LINE_AFTER_S
         self._line_at = self._start + self._line_after
         self._lock = threading.Lock()
-        self._bar = _bar(name, stream) if stream is not None and stream.isatty() else None
+        self._bar = _bar(_title(name), stream) if stream is not None and stream.isatty() else None
 
     def advance(self, rows: float) -> None:
         """Count more rows as done; a fraction of a row if the stage takes several steps a row."""
@@ -127,9 +127,14 @@ class Stage:
         elif self._stream is not None and now >= self._line_at:
             left = f"{seconds * (1 - fraction) / fraction:,.0f}" if fraction else "?"
             counted = ", ".join([*parts, f"{left} s left"])
-            print(f"{self.name:<7}{fraction:6.1%}  {counted}", file=self._stream, flush=True)
+            print(f"{_title(self.name):<7}{fraction:6.1%}  {counted}", file=self._stream, flush=True)
             self._line_after = min(2 * self._line_after, _LINE_EVERY_S)
             self._line_at = now + self._line_after
+
+
+def _title(stage: str) -> str:
+    """Return the word for a stage on the screen."""
+    return {"stage": "read"}.get(stage, stage)
 
 
 def _bar(name: str, stream: TextIO) -> "tqdm":

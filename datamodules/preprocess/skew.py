@@ -59,8 +59,8 @@ class Skew:
     once: float
     """The share of the ids in use that are looked up once."""
     curve: tuple[NDArray[np.float64], NDArray[np.float64]]
-    """Shares of the table's rows, in logarithmic steps up to 1, and the share of the lookups that go to that many of
-    the most frequent ids."""
+    """Shares of the table's rows, in logarithmic steps up to the ids in use, and the share of the lookups that go to
+    that many of the most frequent ids."""
 
 
 def skew_of(column: Column, counts: NDArray[np.int64]) -> Skew:
@@ -71,7 +71,8 @@ def skew_of(column: Column, counts: NDArray[np.int64]) -> Skew:
     """
     counts.sort()
     unused, used_once = np.searchsorted(counts, [1, 2])
-    once = float(used_once - unused) / max(len(counts) - int(unused), 1)
+    in_use = len(counts) - int(unused)
+    once = float(used_once - unused) / max(in_use, 1)
     covered = counts[::-1]
     np.cumsum(covered, out=covered)
     lookups = int(covered[-1])
@@ -79,7 +80,7 @@ def skew_of(column: Column, counts: NDArray[np.int64]) -> Skew:
         return Skew(
             column=column, lookups=0, most_frequent=None, ids_for={}, once=0.0, curve=(np.empty(0), np.empty(0))
         )
-    ids = np.unique(np.geomspace(1, len(counts), _CURVE_POINTS).round().astype(np.int64))
+    ids = np.unique(np.geomspace(1, in_use, _CURVE_POINTS).round().astype(np.int64))
     return Skew(
         column=column,
         lookups=lookups,
@@ -193,15 +194,19 @@ def draw(skews: Sequence[Skew], title: str, path: Path) -> None:
 
     largest = sorted(skews, key=lambda skew: -skew.column.cardinality)
     shown = [skew for skew in skews if skew in largest[:_MOST_TABLES]]
-    figure = Figure(figsize=(13, max(5.0, 2.2 + 0.23 * len(shown))), layout="constrained")
+    figure = Figure(figsize=(13, max(4.0, 2.2 + 0.23 * len(shown))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=12, weight="bold", x=0.01, ha="left")
     _draw_sizes(left, shown, len(skews))
     _draw_curves(right, skews, largest[:_NAMED_CURVES])
     # Below the axes: inside them they would hide bars or curves of some dataset.
-    style = {"fontsize": 8, "handlelength": 4}
+    style = {"fontsize": 8, "handlelength": 4, "frameon": False}
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, **style)
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=4, **style)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
+        axes.set_axisbelow(True)
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
@@ -234,18 +239,17 @@ def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
             label=f"{share:.0%} of the lookups go to this many ids",
         )
     if any(skew.once > _MOSTLY_ONCE for skew in shown):
-        axes.plot([], [], " ", label="* most of its ids occur once: its size and skew depend on the number of rows")
+        axes.plot([], [], " ", label="* most of its ids occur once: more rows would bring more ids")
     # The numbers to the right of the bars take a sixth of the width.
     right = max(sizes) * (max(sizes) / _LEAST) ** 0.17
     axes.set(xscale="log", xlim=(_LEAST, right), xlabel="rows of the table (bar) and most frequent ids (marks)")
     axes.set_yticks(rows, [skew.column.name for skew in shown])
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    axes.set_title(
-        "Table sizes" if len(shown) == tables else f"The {len(shown)} largest of {tables} tables", fontsize=10
-    )
-    axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
+    # Bars of few tables are no thicker than those of six.
+    ends = max(0.6, (6 - len(shown)) / 2)
+    axes.set_ylim(len(shown) - 1 + ends, -ends)
+    words = "Table sizes" if len(shown) == tables else f"The {len(shown)} largest of {tables} tables"
+    axes.set_title(words, fontsize=10, loc="left")
+    axes.grid(axis="x", color="0.92")
 
 
 def _draw_curves(axes: "Axes", skews: Sequence[Skew], named: Sequence[Skew]) -> None:
@@ -268,6 +272,6 @@ def _draw_curves(axes: "Axes", skews: Sequence[Skew], named: Sequence[Skew]) -> 
         xlabel="most frequent ids, % of the table",
         ylabel="lookups that go to them, %",
     )
-    axes.set_title(f"Skew of the ids: the {len(named)} largest tables" if others else "Skew of the ids", fontsize=10)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
+    words = f"Skew of the ids: the {len(named)} largest tables" if others else "Skew of the ids"
+    axes.set_title(words, fontsize=10, loc="left")
+    axes.grid(color="0.92")

@@ -100,6 +100,7 @@ def picture() -> str:
     parts += arrow(
         [(330, 424), (330, 490), (968, 490), (968, 226), (942, 226)], "updated rows", (560, 505), dashed=True
     )
+    parts += arrow([(420, 350), (420, 318), (575, 318), (575, 274)], "updated parameters", (490, 312), dashed=True)
     for place, (kind, words) in enumerate(LEGEND):
         x = 40 + 180 * place
         parts.append(f'<rect x="{x}" y="526" width="16" height="16" fill="{COLORS[kind]}" stroke="#444"/>')

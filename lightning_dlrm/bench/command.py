@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning_dlrm.bench.measurement import Measurement, machine, render
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.terminal import wrapped
 
 WORKS: dict[str, str] = {
     "lookup": "the tables alone: lookup, backward, update",
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.json is not None and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
-    print(machine())
+    print(wrapped([machine()]))
     rows: list[Measurement] = []
     try:
         for row in importlib.import_module(f"lightning_dlrm.bench.{args.work}").run(args):
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         # What was measured before an error counts.
         if rows:
-            print(render(rows))
+            print(wrapped(render(rows).splitlines()))
     return 0
 
 

@@ -1,12 +1,14 @@
 """Figures of ``bench paper``, which are also readable in black and white."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_dlrm.bench.measurement import duration
 from lightning_dlrm.bench.roofline import Cost, MachineRates, Part
 from lightning_dlrm.contracts.errors import UserError
 
@@ -22,9 +24,26 @@ _FILLS = (
     ("#CC79A7", "\\\\\\\\"),
 )
 _MARKERS = ("o", "s", "^", "D", "v")
-_LABELS = {"bottom MLP": ((-8, -3), "right"), "update": ((5, -13), "left")}
-"""Part of the model -> offset of its label in points, and alignment; other labels are on the right."""
+_SIDES = (
+    ((8, -3), "left"), ((-8, -3), "right"), ((6, 7), "left"), ((6, -15), "left"), ((-6, 7), "right"),
+    ((-6, -15), "right"), ((0, 9), "center"), ((0, -17), "center"),
+)  # fmt: skip
+"""Offsets of a label from its mark in points, and alignments."""
+_THIN = 0.01
+"""Share of a bar below which a part is not seen."""
+_UPDATE_NOTE = (
+    "lightning_dlrm makes the gradients of table rows in the optimizer's update, plain PyTorch in embedding backward"
+)
 DEVICES = {"cpu": "on the CPU", "cuda": "on the GPU"}
+_ABOVE = {
+    "memory": "above 100% where it rises: data come from the processor's caches",
+    "arithmetic": "above 100% where it is flat: the peak, measured with one square product, is too low",
+}
+"""What bounds a part -> why it can be above its bound."""
+_MARK_PX = 6.0
+"""Half of a mark's width, pixels."""
+_FAR_PX = 8.0
+"""Distance from which on a label is far enough from everything else, pixels."""
 _TITLE: dict[str, Any] = {"fontsize": 12, "weight": "bold", "x": 0.01, "ha": "left"}
 
 
@@ -40,39 +59,62 @@ def check_figure(path: Path) -> None:
         raise UserError(f"the folder {path.parent} does not exist; make it, or write the figure elsewhere")
 
 
-def draw_breakdown(columns: Mapping[str, Mapping[str, float]], device: str, title: str, path: Path) -> None:
+def draw_breakdown(
+    columns: Mapping[str, Mapping[str, float]], unprofiled: Mapping[str, float], device: str, title: str, path: Path
+) -> None:
     """Draw the time of a step as stacked bars.
 
     Args:
-        columns: contender -> operator -> seconds of a step.
+        columns: contender -> operator -> seconds of a step under the profiler.
+        unprofiled: contender -> seconds of a step without the profiler.
         device: ``cpu`` or ``cuda``.
         title: name of the benchmark.
         path: file of the figure; its suffix is the format.
     """
-    figure = Figure(figsize=(8.5, 1.9 + 0.55 * len(columns)), layout="constrained")
+    figure = Figure(figsize=(8.5, 2.2 + 0.55 * len(columns)), layout="constrained")
     axes = figure.subplots()
-    longest = max(sum(column.values()) for column in columns.values()) * 1e3
-    begins = dict.fromkeys(list(columns)[::-1], 0.0)
-    for (colour, hatch), operator in zip(_FILLS, next(iter(columns.values())), strict=True):
-        widths = {name: columns[name][operator] * 1e3 for name in begins}
+    totals = {name: sum(column.values()) for name, column in list(columns.items())[::-1]}
+    longest = max(totals.values())
+    unit, words, size = ("s", "seconds", 1.0) if longest >= 1 else ("ms", "milliseconds", 1e-3)
+    begins = dict.fromkeys(totals, 0.0)
+    for operator, (seconds, (colour, hatch)) in _merged(columns, totals).items():
+        widths = {name: seconds[name] / size for name in begins}
         look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
         axes.barh(list(widths), list(widths.values()), left=list(begins.values()), label=operator, **look)
         for row, (name, width) in enumerate(widths.items()):
-            if width > 0.07 * longest:
+            if width > 0.08 * longest / size:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
                 middle = begins[name] + width / 2
-                axes.text(middle, row, duration(width / 1e3), ha="center", va="center", fontsize=8, bbox=box)
+                axes.text(middle, row, f"{width:.3g} {unit}", ha="center", va="center", fontsize=8, bbox=box)
         begins = {name: begin + widths[name] for name, begin in begins.items()}
-    for row, end in enumerate(begins.values()):
-        axes.text(end, row, f" {duration(end / 1e3)}", va="center")
-    axes.set(xlim=(0, longest * 1.12), xlabel="milliseconds of a training step, under the profiler")
-    axes.set_title(f"{title}, {DEVICES[device]}", fontsize=9, color="0.35", loc="left")
+    for row, (name, end) in enumerate(begins.items()):
+        without = f"without profiler:\n {unprofiled[name] / size:.3g} {unit}"
+        axes.text(end, row, f" {end:.3g} {unit}\n {without}", va="center", fontsize=8)
+    axes.set(xlim=(0, longest / size * 1.2), xlabel=f"{words} of a training step, under the profiler")
+    axes.set_title(f"{title}, {DEVICES[device]}\n{_UPDATE_NOTE}", fontsize=8, color="0.35", loc="left")
     figure.suptitle("Where the time of a training step goes", **_TITLE)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     _save(figure, path)
+
+
+def _merged(
+    columns: Mapping[str, Mapping[str, float]], totals: Mapping[str, float]
+) -> dict[str, tuple[Mapping[str, float], tuple[str, str]]]:
+    """Return operator -> (contender -> seconds, fill), with the operators that are too thin in all bars as the last."""
+    shown: dict[str, tuple[Mapping[str, float], tuple[str, str]]] = {}
+    thin: dict[str, tuple[Mapping[str, float], tuple[str, str]]] = {}
+    for operator, fill in zip(next(iter(columns.values())), _FILLS, strict=True):
+        seconds = {name: column[operator] for name, column in columns.items()}
+        group = thin if all(seconds[name] < _THIN * totals[name] for name in seconds) else shown
+        group[operator] = seconds, fill
+    if thin:
+        label = f"{', '.join(thin)} (below {_THIN:.0%}{' each' * (len(thin) > 1)})"
+        sums = {name: sum(seconds[name] for seconds, _ in thin.values()) for name in columns}
+        shown[label] = sums, next(iter(thin.values()))[1]
+    return shown
 
 
 def draw_roofline(
@@ -95,35 +137,84 @@ def draw_roofline(
     panels = figure.subplots(1, len(precisions), sharey=True, squeeze=False)[0]
     intensities = [cost.intensity for parts in precisions.values() for cost, _ in parts.values()]
     low, high = min(intensities) / 3, max(intensities) * 5
-    highest = 0.0
+    above: set[str] = set()
+    labelled: list[tuple[Axes, dict[str, tuple[float, float]], list[tuple[float, float]]]] = []
     for axes, (precision, parts) in zip(panels, precisions.items(), strict=True):
         peak = rates.flops[precision]
         xs = [low, min(max(peak / rates.bytes, low), high), high]
-        axes.plot(xs, [min(peak, x * rates.bytes) / 1e9 for x in xs], color="black")
-        for marker, (part, (cost, seconds)) in zip(_MARKERS, parts.items(), strict=True):
+        roof = [(x, min(peak, x * rates.bytes) / 1e9) for x in xs]
+        axes.plot(*zip(*roof, strict=True), color="black")
+        marks = {}
+        for marker, (part, (cost, seconds)) in zip(_MARKERS, parts.items(), strict=False):
             place = (cost.intensity, cost.flops / seconds / 1e9)
             axes.plot(*place, marker, markersize=8, color="#0072B2")
             reached = rates.floor(cost.flops, cost.bytes, precision) / seconds
-            highest = max(highest, reached)
-            # In several directions, because the MLPs lie near each other, and so do the tables and their update.
-            offset, align = _LABELS.get(part, ((8, -3), "left"))
-            text = f"{part} {reached:.0%}"
-            axes.annotate(text, place, offset, textcoords="offset points", ha=align, fontsize=8)
+            marks[f"{part} {reached:.{0 if reached >= 0.01 else 1}%}"] = place
+            if reached > 1:
+                above.add("memory" if cost.intensity < peak / rates.bytes else "arithmetic")
+        labelled.append((axes, marks, roof))
         axes.set(xscale="log", yscale="log", xlabel="floating-point operations\nper byte moved to or from memory")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(True, which="major", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(f"{precision}: {rates.bytes / 1e9:.3g} GB/s, {peak / 1e9:,.0f} GFLOP/s", fontsize=9, loc="left")
+        axes.set_title(f"{precision}: {rates.bytes / 1e9:.3g} GB/s, {peak / 1e9:.3g} GFLOP/s", fontsize=9, loc="left")
     panels[0].set_ylabel("GFLOP/s")
     panels[0].yaxis.set_major_formatter("{x:g}")
     figure.suptitle("How near each part of lightning_dlrm comes to the limits of this machine", **_TITLE)
-    figure.supxlabel(
-        f"{title}, {DEVICES[device]}. Percentages of the line: memory bandwidth where it rises, arithmetic where "
-        "it is flat" + ";\nabove 100%, data come from the processor's caches" * (highest > 1),
-        fontsize=8,
-        color="0.35",
-    )
+    notes = [
+        f"{title}, {DEVICES[device]}, under the profiler. Percentages of the line:\n"
+        "memory bandwidth where it rises, arithmetic where it is flat",
+        *(reason for bound, reason in _ABOVE.items() if bound in above),
+    ]
+    figure.supxlabel(";\n".join(notes), fontsize=8, color="0.35")
+    figure.draw_without_rendering()
+    for axes, marks, roof in labelled:
+        _label(axes, marks, roof)
     _save(figure, path)
+
+
+_Box = tuple[float, float, float, float]
+"""Left, bottom, right, top, pixels."""
+
+
+def _gap(box: _Box, other: _Box) -> float:
+    """Return the pixels between two boxes, at most ``_FAR_PX``; below 0 if they overlap."""
+    sides = (box[0] - other[2], other[0] - box[2], box[1] - other[3], other[1] - box[3])
+    return min(_FAR_PX, max(sides))
+
+
+def _label(axes: Axes, marks: Mapping[str, tuple[float, float]], roof: Sequence[tuple[float, float]]) -> None:
+    """Write the label of each mark on the side where all are farthest from each other, from marks and from the roof."""
+    corners = axes.transData.transform(roof)
+    line = [begin + share * (end - begin) for begin, end in pairwise(corners) for share in np.linspace(0, 1, 100)]
+    spots = [
+        (x - _MARK_PX, y - _MARK_PX, x + _MARK_PX, y + _MARK_PX) for x, y in axes.transData.transform([*marks.values()])
+    ]
+    options: list[list[tuple[float, _Box, dict[str, Any]]]] = []
+    for number, (text, place) in enumerate(marks.items()):
+        others = [*((x, y, x, y) for x, y in line), *spots[:number], *spots[number + 1 :]]
+        options.append([])
+        for offset, align in _SIDES:
+            look: dict[str, Any] = {
+                "text": text,
+                "xy": place,
+                "xytext": offset,
+                "textcoords": "offset points",
+                "ha": align,
+            }
+            label = axes.annotate(**look, fontsize=8)
+            left, bottom, right, top = map(float, label.get_window_extent().extents)
+            label.remove()
+            box = left, bottom, right, top
+            inside = axes.bbox.x0 < left and right < axes.bbox.x1
+            options[-1].append((min(_gap(box, other) for other in others) if inside else -_FAR_PX, box, look))
+
+    def distances(chosen: Sequence[tuple[float, _Box, Any]]) -> tuple[float, float]:
+        gaps = [gap for gap, _, _ in chosen] + [_gap(a[1], b[1]) for a, b in combinations(chosen, 2)]
+        return min(gaps), sum(gaps)
+
+    for _, _, look in max(product(*options), key=distances):
+        axes.annotate(**look, fontsize=8)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -40,6 +40,7 @@ from lightning_dlrm.bench.measurement import (
 from lightning_dlrm.bench.processes import Worker
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.terminal import wrapped
 
 DESCRIPTION = """\
 Times training of the paper's DLRM (Kaggle's shape: 540 million parameters on the demo data) with plain SGD and with
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             contenders["peer", "whole program", "32-true"] = partial(worker, args.steps)
             waited = worker.waited
         rates = roofline.measure_rates(device, args.precision)
-        print(rates)
+        print(wrapped([str(rates)]))
         some = list(islice(loader(), 4))
         floor = {precision: roofline.floor(workload, some, rates, precision) for precision in args.precision}
         seconds = time_rounds(contenders, args.rounds, warm_up=1, steps=args.steps)

@@ -102,7 +102,13 @@ class Target:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help=f"cpu to try the rows ({DEFAULT})")
     names = list(dict.fromkeys(row.name.partition(",")[0] for row in ROWS))
-    parser.add_argument("--only", choices=names, nargs="+", help="run these rows only (default: all)")
+    parser.add_argument(
+        "--only",
+        choices=names,
+        nargs="+",
+        metavar="ROW",
+        help=f"run these rows only: {', '.join(names)} (default: all)",
+    )
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="start no row that would not end in this time (default: none)"
     )
@@ -151,7 +157,8 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
                 found = replace(found, extra={"asked_samples_per_s": asked, **found.extra})
             if found.error or (asked is not None and found.samples_per_s < asked) or not found.extra.get("met", 1.0):
                 bad.append(f"{row.name}: {found.error or 'missed'}")
-            print(f"{time.monotonic() - began:.0f} s: {render([found]).splitlines()[-1]}", flush=True)
+            line = ", ".join(part.strip() for part in render([found]).splitlines()[1:])
+            print(f"{time.monotonic() - began:.0f} s: {line}", flush=True)
             yield found
         _free(device)
     if bad:

@@ -25,6 +25,7 @@ from lightning_dlrm.bench.measurement import (
 from lightning_dlrm.bench.step import DRAWN_BATCHES, StepKey, speeds_of_ours
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.terminal import wrapped
 from lightning_dlrm.kernels.choice import Kernels
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import RowWiseAdagrad
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     batches = [draw_batch(workload, args.batch_size, seed).to(device) for seed in range(DRAWN_BATCHES)]
     contenders = _contenders(args, workload, batches, device)
     rates = roofline.measure_rates(device, args.precision)
-    print(rates)
+    print(wrapped([str(rates)]))
     seconds = time_rounds(contenders, args.rounds, warm_up=1, steps=args.steps)
     return [
         Measurement.of_rounds(

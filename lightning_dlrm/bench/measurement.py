@@ -38,7 +38,12 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--device``, ``--precision``, ``--batch-size``, ``--rounds``."""
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help=DEFAULT)
     parser.add_argument(
-        "--precision", nargs="+", default=["32-true"], choices=PRECISIONS, help="one or more, all in the same run"
+        "--precision",
+        nargs="+",
+        default=["32-true"],
+        choices=PRECISIONS,
+        metavar="NAME",
+        help=f"one or more of {', '.join(PRECISIONS)}, all in the same run (default: 32-true)",
     )
     parser.add_argument("--batch-size", type=int, default=2048, metavar="N", help=DEFAULT)
     add_rounds(parser)
@@ -216,25 +221,33 @@ def peak_bytes() -> int:
 
 
 def render(rows: Sequence[Measurement]) -> str:
-    """Return the rows as a table for a terminal."""
-    cells = [("case", "implementation", "median", "spread", "samples/s", "floor", "x floor", "")]
-    for row in rows:
-        if row.error:
-            cells.append((row.case, row.implementation, "", "", "", "", "", row.error))
-        elif row.shown:
-            cells.append(
-                (
-                    row.case,
-                    row.implementation,
-                    duration(row.median_s),
-                    duration(row.spread_s),
-                    f"{row.samples_per_s:,.0f}",
-                    "" if row.floor_s is None else duration(row.floor_s),
-                    "" if row.floor_s is None else f"{row.median_s / row.floor_s:.2f}",
-                    ", ".join(f"{name} {value:,.4g}" for name, value in row.extra.items()),
-                )
+    """Return the rows as a table for a terminal: cases, their implementations, and those' extra numbers."""
+    shown = [row for row in rows if row.shown or row.error]
+    cells: list[tuple[str, ...]] = [("", "median", "spread", "samples/s", "floor", "x floor")]
+    for row in shown:
+        floor = row.floor_s
+        cells.append(
+            (
+                f"  {row.implementation}",
+                *(
+                    ["", "", ""]
+                    if row.error
+                    else [duration(row.median_s), duration(row.spread_s), f"{row.samples_per_s:,.0f}"]
+                ),
+                "" if floor is None or row.error else duration(floor),
+                "" if floor is None or row.error else f"{row.median_s / floor:.2f}",
             )
-    return "\n".join(aligned(cells, left=(0, 1, 7)))
+        )
+    header, *lines = aligned(cells, left=(0,))
+    text, case = [header], ""
+    for row, line in zip(shown, lines, strict=True):
+        text += [row.case] * (row.case != case) + [line]
+        case = row.case
+        if row.error:
+            text.append(f"    {row.error}")
+        elif row.extra:
+            text.append("    " + ", ".join(f"{name} {value:,.4g}" for name, value in row.extra.items()))
+    return "\n".join(text)
 
 
 def machine() -> str:

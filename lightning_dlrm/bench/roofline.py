@@ -56,8 +56,8 @@ class MachineRates:
         return max(flops / self.flops[precision], moved / self.bytes)
 
     def __str__(self) -> str:
-        products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {precision}" for precision, rate in self.flops.items())
-        return f"floors from rates measured now: {products}, {self.bytes / 1e9:,.1f} GB/s"
+        products = ", ".join(f"{rate / 1e9:.3g} GFLOP/s in {precision}" for precision, rate in self.flops.items())
+        return f"floors from rates measured now: {products}, {self.bytes / 1e9:.3g} GB/s"
 
 
 def measure_rates(device: torch.device, precisions: Iterable[str]) -> MachineRates:

@@ -37,6 +37,7 @@ from lightning_dlrm.bench.measurement import (
 )
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.terminal import wrapped
 
 DESCRIPTION = """\
 Times whole training steps with plain SGD for all parameters. All contenders train on the same drawn batches, which are
@@ -132,7 +133,7 @@ def time_steps(
         count: steps of a round.
         rates: rates of the machine, for the floor.
     """
-    print(rates)
+    print(wrapped([str(rates)]))
     device = torch.device(args.device)
     contenders = {key: repeat(step, cycle(given), count, device) for key, (step, given) in steps.items()}
     with contextlib.ExitStack() as stack:

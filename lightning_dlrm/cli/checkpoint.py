@@ -109,7 +109,11 @@ def info(reader: CheckpointReader) -> dict[str, Any]:
 
 
 def _describe(found: dict[str, Any]) -> str:
-    lines = [f"{name:22s}{value}" for name, value in found["header"].items()]
+    # The first digits of a fingerprint, as inspect shows them.
+    facts = {
+        name: str(value)[:16] if name.endswith("fingerprint") else value for name, value in found["header"].items()
+    }
+    lines = [f"{name.replace('_', ' '):22s}{value}" for name, value in facts.items()]
     lines += [f"{'size':22s}{found['bytes'] / 2**20:,.1f} MiB", ""]
     rows = [("table", "rows", "width", "pieces", "MiB", "optimizer state")]
     for name, table in found["tables"].items():

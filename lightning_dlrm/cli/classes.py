@@ -2,7 +2,9 @@
 
 from types import ModuleType
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning import callbacks, loggers, plugins, profilers
 from torch.optim import lr_scheduler
 
 from datamodules.clicks import Clicks
@@ -35,12 +37,12 @@ def _public_classes(module: ModuleType, base: type, *left_out: type) -> tuple[ty
     return tuple(item for item in found if isinstance(item, type) and issubclass(item, base) and item not in left_out)
 
 
-# Importing a class makes its short name known to the command line.
 PRECISIONS = {
     "32-true": "float32", "64-true": "float64", "bf16-true": "bfloat16", "bf16-mixed": "float32 with bfloat16 products",
 }  # fmt: skip
 """Lightning's name of a precision -> words."""
 
+# Importing a class makes its short name known to the command line.
 KNOWN_CLASSES = (
     Clicks,
     Criteo,
@@ -79,3 +81,18 @@ KNOWN_CLASSES = (
     ),
     *_public_classes(lr_scheduler, lr_scheduler.LRScheduler, lr_scheduler.LRScheduler, lr_scheduler.ReduceLROnPlateau),
 )
+
+OFFERED_CLASSES = (
+    *KNOWN_CLASSES,
+    *_public_classes(
+        callbacks,
+        pl.Callback,
+        *(pl.Callback, callbacks.BaseFinetuning, callbacks.BasePredictionWriter, callbacks.Checkpoint),
+        *(callbacks.ProgressBar, callbacks.StochasticWeightAveraging, callbacks.WeightAveraging),
+        callbacks.EMAWeightAveraging,
+    ),
+    *_public_classes(loggers, loggers.Logger, loggers.Logger),
+    *_public_classes(profilers, profilers.Profiler, profilers.Profiler, profilers.XLAProfiler),
+    *_public_classes(plugins, object),
+)
+"""Classes that help and errors name: those above, and Lightning's that a run takes."""

@@ -1,5 +1,6 @@
 """Finding configurations by name."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import yaml
 
 from lightning_dlrm.contracts.documents import YAML_FAULTS, read_yaml
-from lightning_dlrm.contracts.errors import UserError, nearest_first, one_line, require
+from lightning_dlrm.contracts.errors import UserError, listed, nearest, one_line, require
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names, yaml_files_beside
 from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
@@ -30,7 +31,7 @@ def find_config(name: str) -> Path:
     known = [*yaml_files_beside(name), *(one for one in shipped_names() if not one.startswith(SCHEMAS))]
     # The common ending must not count as similarity.
     wanted = name.removesuffix(".yaml") + ".yaml"
-    suggestion = nearest_first(wanted, known, "configurations here and shipped are", cutoff=0.8)
+    suggestion = nearest(wanted, known, cutoff=0.8) or f"; configurations here and shipped are {listed(known, most=60)}"
     raise UserError(f"no configuration {name} here{suggestion}")
 
 
@@ -72,6 +73,25 @@ def _resolve_run_config(name: str) -> str:
     document, notes = update_document(content)
     log_updates(name, notes)
     return yaml.safe_dump(document, sort_keys=False) if notes else str(path)
+
+
+def file_with_key(arguments: Sequence[str], key: str) -> str | None:
+    """Return the last configuration among the arguments that has a key; None if an option has it, or no file.
+
+    Args:
+        arguments: of a command line.
+        key: a full key, or its last parts.
+    """
+    options = [argument.partition("=")[0] for argument in arguments]
+    if any(f".{option.removeprefix('--')}".endswith(f".{key}") for option in options if option.startswith("--")):
+        return None
+    names = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    names += [value for option, value in itertools.pairwise(arguments) if option in ("--config", "-c")]
+    for name in reversed(names):
+        keys = (f".{found.replace('.init_args', '')}" for found in flat(read_yaml(find_config(name))))
+        if any(found.endswith(f".{key}") or found.startswith(f".{key}.") for found in keys):
+            return name
+    return None
 
 
 def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """``checkpoint import``: convert parameters of facebookresearch/dlrm to a checkpoint folder."""
 
-import argparse
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.cli.parser import build_model_and_data
+from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.cli.trust import HELP
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
@@ -29,12 +29,10 @@ same order. Tables N and layers N of the file become column N and layer N here.
 
 
 def run(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = HelpParser(
         prog="python -m lightning_dlrm checkpoint import",
         usage="python -m lightning_dlrm checkpoint import FILE --config YAML [options of fit] --output DIR",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--output", metavar="DIR", help="the new checkpoint folder")
     # Only for the list in --help: ``take_trust`` has taken it.

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from lightning_dlrm.cli.classes import KNOWN_CLASSES, PRECISIONS
+from lightning_dlrm.cli.classes import OFFERED_CLASSES, PRECISIONS
 from lightning_dlrm.cli.trust import refusal
-from lightning_dlrm.contracts.errors import nearest, nearest_first
+from lightning_dlrm.contracts.errors import listed, nearest, nearest_first
+from lightning_dlrm.tables.embeddings import TableSettings
 
+_PUBLISHED = "a list of metric, value and source, such as [{metric: auc, value: 0.8, source: a paper}]"
 _NO_KEYS = ", as there are no keys here"
 _NO_CLASS = (
     "no class that has this key is chosen; a file that holds changes only, such as an overlay or one that plan writes, "
@@ -22,7 +24,8 @@ _NO_CLASS = (
 def explain(message: str, known: Sequence[str]) -> str:
     """Return jsonargparse's message in one line, with the nearest key or class if one is misspelt."""
     named = re.search(r'Parser key "([\w.]+)"', message)
-    key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
+    key = named[1] if named else "value"
+    given = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
     if match := re.search(r"Importing '([\w.]+)' is not allowed", message):
         return f"{key}: {refusal(match[1])}"
     if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
@@ -32,12 +35,15 @@ def explain(message: str, known: Sequence[str]) -> str:
     if match := re.search(r"No module named '([\w.]+)'", message):
         return f"{key}: there is no module {match[1]}, neither installed nor in the current folder"
     # A nested parser has already shortened its message.
-    if match := re.search(rf"unknown key [\w.]+(; did you mean [\w.]+\?|{_NO_KEYS})?", message):
-        if match[1] == _NO_KEYS:
-            return f"{match[0].removesuffix(_NO_KEYS)}: {_NO_CLASS}"
-        return match[0]
+    if match := re.search(r"unknown key .*", message):
+        found = match[0].removesuffix(_NO_KEYS)
+        return match[0] if found == match[0] else f"{found}: {_NO_CLASS}"
     if match := re.search(r"[\w.]+: [^\s:,]+ is not one of [\w.-]+(, [\w.-]+)*", message):
         return f"{key}.{match[0]}"
+    if match := re.search(r"(?m)^[ -]*([a-z][\w.]* is .*; expected .*)", message):
+        return f"{key}.{match[1]}"
+    if given and (match := re.search(r"Subtypes: \[(<class '(?:float|int)'>.*)\]", message)):
+        return f"{key} is {given[1].strip()}; expected {_type_words(match[1])}"
     if re.search(r"arguments are required: [\w.]*\bmodel\.network\b", message):
         return (
             "no model is chosen (overlays such as small.yaml and own_data.yaml have none): begin with a model, as in "
@@ -51,14 +57,14 @@ def explain(message: str, known: Sequence[str]) -> str:
     ):
         key = match[1] or match[2] or match[3]
         return f"unknown key {key}{_NO_KEYS if set(known) <= {'help'} else _nearest_key(key, known)}"
-    if given and (match := re.search(r"Subtypes: \[<class '(float|int)'>", message)):
-        return f"{key} is {given[1].strip()}; expected {match[1]}"
     if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
         name = match[1] or match[2]
         names = _fitting(_BASES.get(key.rpartition(".")[2], "object"))
         return f"no class {name}{nearest_first(name, names, 'known classes:')}"
     if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss)", message):
         return _explain_class(message, match[1])
+    if "PublishedScore" in message:
+        return f"{key} is {given[1].strip() if given else 'something else'}; expected {_PUBLISHED}"
     if match := re.search(r"[Ii]mport path ?([\w.]*) does not correspond to a subclass of (\w+)", message):
         return f"{key}: {match[1] or (given[1].strip() if given else 'this class')} is not a subclass of {match[2]}"
     if "collections.abc.Callable" in message:
@@ -82,18 +88,32 @@ def _explain_value(key: str, value: str, message: str) -> str | None:
     """Return the message about a value of another type; None if it is about something else."""
     if "Expected a <class 'tuple'>" in message:
         return f"{key}: {value} is not a list; write [{value}]"
-    if "Expected a <class 'bool'>" in message:
-        return f"{key}: {value} is not one of true, false"
-    if literals := re.findall(r"typing\.Literal\[(.*?)\]", message):
-        allowed = list(dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals))))
-        if key == "trainer.precision":
-            # Other precisions, which Lightning accepts, are refused later.
-            allowed = [name for name in allowed if name in PRECISIONS]
+    literals = re.findall(r"typing\.Literal\[(.*?)\]", message)
+    allowed = ["true", "false"] if "Expected a <class 'bool'>" in message else []
+    allowed += dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
+    if key == "trainer.precision":
+        # Other precisions, which Lightning accepts, are refused later.
+        allowed = [name for name in allowed if name in PRECISIONS]
+    if len(allowed) == 1:
+        return f"{key} is {value}; expected {allowed[0]}"
+    if allowed:
         return f"{key}: {value} is not one of {', '.join(allowed)}"
-    if match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message):
-        expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1]).replace(", ", " or ")
-        return f"{key} is {value}; expected {expected}"
+    if match := re.search(r"Subtypes: \[(.*)\]", message):
+        return f"{key} is {value}; expected {_type_words(match[1])}"
+    if match := re.search(r"Expected (?:an? )?(<class '[\w.]+'>)\. Got value", message):
+        return f"{key} is {value}; expected {_type_words(match[1])}"
     return None
+
+
+def _type_words(types: str) -> str:
+    """Return the types of a message in words.
+
+    >>> _type_words("<class 'int'>, <class 'float'>, <class 'NoneType'>"), _type_words("<class 'pathlib.Path'>")
+    ('a number', 'Path')
+    """
+    names = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types).split(", ")
+    words = {"int": "a number" if "float" in names else "a whole number", "float": "a number", "str": "text"}
+    return " or ".join(dict.fromkeys(words.get(name, name) for name in names if name not in ("NoneType", "Tensor")))
 
 
 def _explain_class(message: str, base: str) -> str:
@@ -116,14 +136,17 @@ def _explain_factory(key: str, message: str) -> str:
         base = _BASES.get(key.rpartition(".")[2], "object")
         choice = ", ".join(_fitting(base))
         return f"{key}: {match[1]} is not a subclass of {base}; choose one of {choice}, or a custom class"
-    if match := re.search(r"(\w+): Expected an? (\w+)\. Got value: (.*)", reason):
-        return f"{key}.{match[1]} is {match[3].strip()}; expected {match[2]}"
     if match := re.search(r"arguments are required: (.*)", reason):
         return f"{key} needs {match[1]}: give --{key}.{match[1].partition(',')[0]}"
     return f"{key}: {' '.join(reason.split())}"
 
 
 _BASES = {
+    "data": "LightningDataModule",
+    "callbacks": "Callback",
+    "logger": "Logger",
+    "profiler": "Profiler",
+    "plugins": "Precision",
     "network": "CTRNetwork",
     "loss": "Loss",
     "schedule": "LRScheduler",
@@ -135,8 +158,8 @@ _BASES = {
 
 
 def _fitting(base: str) -> list[str]:
-    """Return the names of this project's classes that derive from a base."""
-    return [known.__name__ for known in KNOWN_CLASSES if base in (parent.__name__ for parent in known.__mro__)]
+    """Return the names of the classes that derive from a base."""
+    return [known.__name__ for known in OFFERED_CLASSES if base in (parent.__name__ for parent in known.__mro__)]
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:
@@ -158,7 +181,37 @@ def _nearest_key(key: str, known: Sequence[str]) -> str:
             if corrected in known or f"{meant}.help" in known:
                 return f"; did you mean {corrected}?"
         break
-    named = [name for name in known if not name.endswith(".help")]
-    if suggestion := nearest(key, named):
+    named = [name for name in known if name.rpartition(".")[2] != "help"]
+    if suggestion := nearest(key, named) or _same_name(parts[-1], named):
         return suggestion
-    return next((s for n in range(len(parts) - 1, 0, -1) if (s := nearest(".".join(parts[:n]), named))), "")
+    for n in range(len(parts) - 1, 0, -1):
+        if suggestion := nearest(".".join(parts[:n]), named):
+            return suggestion
+    return "; --help.all lists all keys" if "config" in named else f"; expected one of {listed(named)}"
+
+
+_SYNONYMS = {"lr": "learning_rate", "learning_rate": "lr", "folder": "path"}
+"""Name of a key elsewhere -> its name in other classes."""
+
+
+def _same_name(name: str, known: Sequence[str]) -> str:
+    """Return a suggestion: a key of this name, or of its synonym, in another section or in a section's class."""
+    places = list(known)
+    prefix = ""
+    if "config" in known:
+        classes = {"data": "LightningDataModule", "model.table_optimizer": "UpdateRule", "model.network": "CTRNetwork"}
+        for section, base in classes.items():
+            for found in OFFERED_CLASSES:
+                parents = inspect.getmro(found)
+                if base in (parent.__name__ for parent in parents):
+                    # Classes pass options on to their base classes.
+                    keys = (inspect.signature(parent).parameters for parent in parents if parent is not object)
+                    places += [f"{section}.{one}" for names in keys for one in names]
+        prefix = "model.network."
+    if "tables" in known or prefix:
+        places += [f"{prefix}tables.{one}" for one in inspect.signature(TableSettings).parameters]
+    for word in (name, _SYNONYMS.get(name, name)):
+        for place in places:
+            if place.rpartition(".")[2] == word:
+                return f"; did you mean {place}?"
+    return ""

@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     else:
         for name, value in sizes.items():
             human = f"  {binary_size(value):>10s}" if value and name.startswith("bytes") else ""
-            print(f"{name:28s}{'unknown' if value is None else f'{value:,}':>18}{human}")
+            print(f"{_TITLES[name]:32s}{'unknown' if value is None else f'{value:,}':>18}{human}")
     return 0
 
 
@@ -107,6 +107,21 @@ def count(module: CTRModule, batch_size: int = DEFAULT_BATCH_SIZE) -> dict[str, 
         "bytes_total": memory.total(),
     }
 
+
+_TITLES = {
+    "tables": "parameters in tables",
+    "dense": "dense parameters",
+    "total": "parameters",
+    "flops_per_sample_forward": "FLOPs per sample, forward",
+    "flops_per_sample_training": "FLOPs per sample, training",
+    "bytes_weights": "bytes of parameters",
+    "bytes_optimizer_tables": "bytes of optimizer state, tables",
+    "bytes_optimizer_dense": "bytes of optimizer state, dense",
+    "bytes_averages": "bytes of averages",
+    "bytes_gradients": "bytes of gradients",
+    "bytes_total": "bytes in total",
+}
+"""The result of ``count`` in words."""
 
 COSTS: Mapping[str, Callable[[ModelSize], int]] = {
     "total": lambda size: size.total,

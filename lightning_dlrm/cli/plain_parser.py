@@ -1,21 +1,30 @@
-"""The argument parser of commands that read no configuration."""
+"""The argument parsers of commands other than those that run a Trainer."""
 
 import argparse
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from lightning_dlrm.contracts.errors import UserError, nearest
+from lightning_dlrm.contracts.terminal import filled, help_width
 
 
-class PlainParser(argparse.ArgumentParser):
-    """An argparse parser that takes no abbreviations, keeps lines of descriptions, and raises UserError.
-
-    Its subcommands have parsers of the same class.
-    """
+class HelpParser(argparse.ArgumentParser):
+    """An argparse parser that takes no abbreviations, and whose help fits the terminal."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        formatter = partial(argparse.RawDescriptionHelpFormatter, width=help_width())
+        super().__init__(**options, formatter_class=formatter, allow_abbrev=False)
+
+    def format_help(self) -> str:
+        """Return the help; its description and epilog fit the terminal."""
+        self.description, self.epilog = filled(self.description or ""), filled(self.epilog or "")
+        return super().format_help()
+
+
+class PlainParser(HelpParser):
+    """A parser that raises UserError. Its subcommands have parsers of the same class."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse arguments; refuse unknown ones here, where the options of a subcommand are known."""

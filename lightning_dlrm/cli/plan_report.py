@@ -60,20 +60,20 @@ def describe_plan(
 ) -> str:
     """Return a plan as text: tables of its ranks, split tables and tables with bags, and a line of its balance."""
     host = any(cost.host_bytes for cost in costs)
-    sizes = ("GiB", "of it on host") if host else ("GiB",)
-    unit, size = sent_unit(costs)
+    held, unit, size = held_unit(costs), *sent_unit(costs)
+    sizes = (held[0], "of it on host") if host else (held[0],)
     lines: list[tuple[str, ...]] = [
-        ("rank", "pieces", "rows", *sizes, "requested", "ids out", "vectors out", "gradients out")
+        ("rank", "pieces", "rows", *sizes, "requested", *(f"{unit} {what}" for what in ("ids", "vectors", "gradients")))
     ]
-    lines += [_line(str(cost.rank), cost, host, size) for cost in costs[:_RANKS_SHOWN]]
+    lines += [_line(str(cost.rank), cost, host, held, size) for cost in costs[:_RANKS_SHOWN]]
     if len(costs) > _RANKS_SHOWN:
         lines.append(("...",) * len(lines[0]))
-        lines.append(_line("mean", _summary(costs, statistics.fmean), host, size))
-        lines.append(_line("largest", _summary(costs, max), host, size))
+        lines.append(_line("mean", _summary(costs, statistics.fmean), host, held, size))
+        lines.append(_line("largest", _summary(costs, max), host, held, size))
     text = [
         *aligned(lines, left=()),
         "requested: rows, or sums of rows, that all ranks request from it in a step",
-        f"out: {unit} that it sends in a training step",
+        f"{unit} ids, vectors, gradients: what it sends in a training step",
     ]
     pieces_of = {load: plan.pieces_within(load.name, load.start, load.start + load.rows) for load in loads}
     cut = [load for load in loads if len(pieces_of[load]) > 1]
@@ -84,7 +84,11 @@ def describe_plan(
             first, largest = pieces[0].rows, max(piece.rows for piece in pieces)
             ranks = len({piece.rank for piece in pieces})
             rows.append((load.name, f"{load.rows:,}", str(len(pieces)), str(ranks), f"{first:,}", f"{largest:,}"))
-        text += ["", *aligned(rows, left=())]
+        text += [
+            "",
+            *aligned(rows, left=()),
+            "first piece: rows of the piece that begins at row 0",
+        ]
     bags = [(load, cost) for load, cost in zip(loads, of_tables, strict=True) if load.indices_per_sample > 1]
     if bags and plan.ranks > 1:
         ways: list[tuple[str, ...]] = [("table", "ids in a bag", f"{unit} as rows", f"{unit} as sums", "sent as")]
@@ -102,7 +106,7 @@ def describe_plan(
         f"{counted(len(loads), 'table')}, {len(loads) - len(cut)} whole, in {counted(len(plan.pieces), 'piece')} on "
         f"{counted(plan.ranks, 'rank')};\n"
         f"largest share / mean: bytes {imbalance([c.bytes for c in costs]):.3f}, "
-        f"work {imbalance([c.work for c in costs]):.3f}",
+        f"requested rows {imbalance([c.work for c in costs]):.3f}",
     ]
     return "\n".join(text)
 
@@ -138,14 +142,18 @@ def sent_unit(costs: Sequence[RankCost]) -> tuple[str, int]:
     return ("MiB", 1 << 20) if largest >= 10 << 20 else ("KiB", 1 << 10)
 
 
-def _line(name: str, cost: RankCost, host: bool, unit: int) -> tuple[str, ...]:
-    sent = (cost.sent_ids, cost.sent_vectors, cost.sent_gradients)
+def held_unit(costs: Sequence[RankCost]) -> tuple[str, int]:
+    """Return the unit in which text and figure give what ranks hold, and its bytes."""
+    return ("GiB", 1 << 30) if max((cost.bytes for cost in costs), default=0) >= 1 << 30 else ("MiB", 1 << 20)
+
+
+def _line(name: str, cost: RankCost, host: bool, held: tuple[str, int], unit: int) -> tuple[str, ...]:
+    sent, digits = (cost.sent_ids, cost.sent_vectors, cost.sent_gradients), 3 if held[0] == "GiB" else 1
     return (
         name,
         f"{cost.pieces:,}",
         f"{cost.rows:,}",
-        f"{cost.bytes / 2**30:.3f}",
-        *([f"{cost.host_bytes / 2**30:.3f}"] if host else []),
+        *(f"{amount / held[1]:,.{digits}f}" for amount in (cost.bytes, cost.host_bytes)[: 1 + host]),
         f"{cost.work:,.0f}",
         *(f"{amount / unit:,.1f}" for amount in sent),
     )
@@ -181,14 +189,18 @@ def _stack(axes: Any, width: float, amounts: Mapping[str, Sequence[float]]) -> l
     return sums
 
 
-def _draw_held(axes: Any, loads: Sequence[TableLoad], costs: Sequence[RankCost], width: float) -> None:
-    """Draw the bytes of each rank by table; small tables together."""
+def _draw_held(axes: Any, loads: Sequence[TableLoad], costs: Sequence[RankCost], width: float) -> list[float]:
+    """Draw what each rank holds by table, small tables together; return their sums, in the unit of the axis."""
+    unit, size = held_unit(costs)
     largest = sorted(loads, key=lambda load: -load.bytes)[:_TABLES_COLOURED]
-    of_tables = {load.name: [cost.bytes_of_table.get(load.name, 0) / 2**30 for cost in costs] for load in largest}
+    of_tables = {load.name: [cost.bytes_of_table.get(load.name, 0) / size for cost in costs] for load in largest}
     sums = _stack(axes, width, of_tables)
+    totals = [cost.bytes / size for cost in costs]
     if len(loads) > len(largest):
-        rest = [cost.bytes / 2**30 - b for cost, b in zip(costs, sums, strict=True)]
+        rest = [total - drawn for total, drawn in zip(totals, sums, strict=True)]
         axes.bar(range(len(costs)), rest, width, sums, label=f"{len(loads) - len(largest)} others", color="0.7")
+    axes.set_ylabel(f"tables and\noptimizer state, {unit}")
+    return totals
 
 
 def draw(
@@ -206,12 +218,12 @@ def draw(
     held, work, sent = figure.subplots(3, 1, sharex=True)
     ranks, width = [cost.rank for cost in costs], 0.8 if plan.ranks <= _RANKS_HATCHED else 1.0
 
-    _draw_held(held, loads, costs, width)
-    held.set_ylabel("tables and\noptimizer state, GiB")
+    held_total = _draw_held(held, loads, costs, width)
     held.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     requested = [cost.work for cost in costs]
     work.bar(ranks, requested, width, color="0.6")
-    work.set_ylabel("embedding rows\nrequested a step")
+    work.set_ylabel("embedding rows\nrequested in a step")
+    work.yaxis.set_major_formatter("{x:,.0f}")
     unit, unit_bytes = sent_unit(costs)
     sums = _stack(
         sent,
@@ -223,7 +235,6 @@ def draw(
         },
     )
     sent.set_ylabel(f"sent in a\ntraining step, {unit}")
-    held_total = [cost.bytes / 2**30 for cost in costs]
     for axes, values in ((held, held_total), (work, requested), (sent, sums)):
         mean = axes.axhline(statistics.fmean(values), color="black", linestyle=":", linewidth=1.2)
     work.legend([mean], ["mean of the ranks"], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

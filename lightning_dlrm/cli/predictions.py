@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from datamodules.folder import consistent
-from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.contracts.errors import UserError, one_line, require, shown_path
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking.run_folder import PREDICTIONS, RunFolder, set_aside
 
@@ -98,7 +98,7 @@ class PredictionWriter(BasePredictionWriter):
         target = self._folder.path / PREDICTIONS
         beside = None if self._read_beside is None else self._read_beside()
         rows = merge_by_row([self._partial(rank) for rank in range(ranks)], target, beside)
-        log.info("%s has the probabilities of %s rows", target, f"{rows:,}")
+        log.info("%s has the probabilities of %s rows", shown_path(target), f"{rows:,}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._writer is None:
@@ -144,7 +144,7 @@ def merge_by_row(parts: Sequence[Path], target: Path, beside: Iterator[pa.Table]
                 writer.write_table(table)
                 rows += len(table)
         if target.exists():
-            log.info("the previous %s is kept as %s", target, set_aside(target))
+            log.info("the previous %s is kept as %s", shown_path(target), shown_path(set_aside(target)))
         partial.replace(target)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -1,8 +1,10 @@
-"""Text that a fit prints at its start and at its end."""
+"""Text that commands print at their start and at their end."""
 
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -13,8 +15,9 @@ from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from lightning_dlrm.cli.classes import PRECISIONS
 from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.cli.trust import trust_options
+from lightning_dlrm.contracts.errors import shown_path
 from lightning_dlrm.contracts.schema import DatasetSchema
-from lightning_dlrm.contracts.terminal import command_line, counted, emphasized, wrapped
+from lightning_dlrm.contracts.terminal import aligned, command_line, counted, emphasized, wrapped
 from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.models.network import ModelSize
 from lightning_dlrm.tracking import names
@@ -41,7 +44,7 @@ def setup_note(network: str, schema: DatasetSchema, batch_size: int | None, trai
         batch_size: global batch size; None if the datamodule does not say it.
         trainer: trainer of the fit.
     """
-    data = "demo data" if schema.dataset == "demo" else f"{schema.dataset} data"
+    data = "demo data" if schema.dataset == "demo" else f"dataset {schema.dataset}"
     ranks = trainer.world_size
     if isinstance(trainer.accelerator, CUDAAccelerator):
         devices = f"{counted(ranks, 'GPU')} ({torch.cuda.get_device_name()})"
@@ -54,14 +57,17 @@ def setup_note(network: str, schema: DatasetSchema, batch_size: int | None, trai
 
 
 def cells_note(schema: DatasetSchema) -> str:
-    """Return the note at the start of a fit: the share of unknown, rare and missing values in each split's ids; empty
-    if preprocessing did not count them."""
+    """Return the note at the start of a fit: the shares of unknown, rare and missing values in each split's ids, apart
+    from those that are 0; empty if there are none, or if preprocessing did not count them."""
     splits = []
     for name, tables in schema.cells.items():
-        words = ", ".join(f"{share:.2%} {kind}" for kind, share in schema.cell_shares(name).items())
+        shares = [f"{share:.2%} {kind}" for kind, share in schema.cell_shares(name).items() if share >= 5e-5]
         most = sorted(((counts.get("unknown", 0), table) for table, counts in tables.items()), reverse=True)[:2]
-        most_words = ", ".join(f"{table} {count / schema.splits[name].rows:.0%}" for count, table in most if count)
-        splits.append(f"{name} {words}{f' (unknown most in {most_words})' if most_words else ''}")
+        rows = schema.splits[name].rows
+        most_words = ", ".join(f"{table} {count / rows:.0%}" for count, table in most if count >= 0.005 * rows)
+        if shares:
+            words = f"{name} {', '.join(shares)}"
+            splits.append(f"{words} (unknown most in {most_words})" if most_words else words)
     return f"ids of unknown, rare and missing values: {'; '.join(splits)}" if splits else ""
 
 
@@ -158,7 +164,7 @@ def final_report(
         wandb: address of the run at W&B; None without W&B.
         published: the published scores of the configuration.
     """
-    title, *scores = _scores(final, best)
+    title, *scores = _scores(final, best, schema)
     lines = ["", emphasized(title, sys.stdout), *scores]
     lines += published_notes(published, final, names.VALIDATION, schema.dataset)
     history = folder.lines()
@@ -193,27 +199,67 @@ def final_report(
     return wrapped(lines)
 
 
-def _scores(final: Mapping[str, float], best: Mapping[str, float]) -> list[str]:
-    """Return the validation metrics, with the best reachable values of planted data."""
-    optimum = {"auc": final.get(names.OPTIMUM_AUC), "log_loss": final.get(names.OPTIMUM_LOG_LOSS)}
-    reachable = "" if None in optimum.values() else "best reachable"
-    metrics = {
-        metric: final[name]
-        for metric in (*names.METRICS, names.GROUP_AUC)
-        if (name := f"{names.VALIDATION}/{metric}") in final
-    }
-    if not metrics:
+def _scores(final: Mapping[str, float], best: Mapping[str, float], schema: DatasetSchema) -> list[str]:
+    """Return the table of validation metrics: the last, and those of the best validation if they differ."""
+    last, of_best = (_metrics_of(names.VALIDATION, metrics) for metrics in (final, best))
+    if not last:
         return ["no validation was made"]
-    of_best = {metric: best.get(f"{names.VALIDATION}/{metric}") for metric in metrics}
-    is_best = of_best == metrics
-    step = f"step {best[names.STEP]:,}" if best else ""
-    titles = ["at the end, the best" if is_best else "at the end"]
-    titles += [] if is_best or not best else [f"best, {step}"]
-    rows = [("validation", *titles, reachable)]
-    for metric, value in metrics.items():
-        values = [value, *([] if len(titles) == 1 else [of_best[metric]]), optimum.get(metric)]
-        rows.append((names.title_of(metric), *("" if value is None else f"{value:.6f}" for value in values)))
-    return [f"{row[0]:20s}{''.join(f'{cell:>21s}' for cell in row[1:])}".rstrip() for row in rows]
+    is_best = all(of_best.get(metric) == value for metric, value in last.items())
+    columns = {"last and best" if is_best else "last": last}
+    if best and not is_best:
+        columns[f"best, step {best[names.STEP]:,}"] = of_best
+    return score_table(names.VALIDATION, columns, schema)
+
+
+def _metrics_of(split: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the scores of a split: metric -> value."""
+    scores = (*names.METRICS, names.GROUP_AUC)
+    return {metric: metrics[name] for metric in scores if (name := f"{split}/{metric}") in metrics}
+
+
+def score_table(split: str, columns: Mapping[str, Mapping[str, float]], schema: DatasetSchema) -> list[str]:
+    """Return a table of the metrics of a split, with those of always predicting the split's click rate, and the best
+    reachable ones of planted data.
+
+    Args:
+        split: the split.
+        columns: title -> metric -> value.
+        schema: schema of the data.
+    """
+    of_split, optimum = schema.splits.get(split), schema.optimum.get(split)
+    shown = dict(columns)
+    if of_split is not None and of_split.positives and of_split.positives < of_split.rows:
+        rate = of_split.positives / of_split.rows
+        entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
+        shown["click rate alone"] = {
+            "auc": 0.5,
+            "log_loss": entropy,
+            "normalized_entropy": 1.0,
+            "accuracy": max(rate, 1 - rate),
+            "calibration": 1.0,
+        }
+    if optimum is not None:
+        shown["best reachable"] = {"auc": optimum.auc, "log_loss": optimum.log_loss}
+    rows = [(split, *shown)]
+    for metric in next(iter(columns.values())):
+        rows.append((names.title_of(metric), *(f"{of[metric]:.6f}" if metric in of else "" for of in shown.values())))
+    return aligned(rows)
+
+
+def evaluation_report(split: str, results: Mapping[str, float], schema: DatasetSchema, file: Path) -> str:
+    """Return the report of ``validate`` and ``test``: the scores, the numbers of groups, and where they are kept.
+
+    Args:
+        split: the split.
+        results: every metric, with the split before its name.
+        schema: schema of the data.
+        file: file with the metrics.
+    """
+    scores = _metrics_of(split, results)
+    others = {name.removeprefix(f"{split}/"): value for name, value in results.items()}
+    lines = score_table(split, {"score": scores}, schema)
+    lines += [f"{names.title_of(name)}: {value:,}" for name, value in others.items() if name not in scores]
+    return wrapped([*lines, f"kept in {shown_path(file)}"])
 
 
 def _speed(final: Mapping[str, float]) -> str:
@@ -233,5 +279,5 @@ def demo_result(auc: float, optimum: float) -> str:
     share = (auc - 0.5) / (optimum - 0.5)
     return (
         f"DEMO DATA: AUC {auc:.4f} of the best reachable {optimum:.4f}; "
-        f"{100 * share:.1f}% of the way from 0.5, {optimum - auc:.4f} short"
+        f"{100 * share:.1f}% of the way from 0.5, {optimum - auc:.4f} below it"
     )

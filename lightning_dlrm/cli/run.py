@@ -37,6 +37,7 @@ from lightning_dlrm.cli.report import (
     cells_note,
     demo_note,
     early_stop_note,
+    evaluation_report,
     final_report,
     published_notes,
     setup_note,
@@ -56,7 +57,7 @@ from lightning_dlrm.cli.trainer_settings import (
     validate_trainer_settings,
 )
 from lightning_dlrm.cli.version import code_version, versions
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, require, shown_path
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.engine.batch_norm import SyncBatchNorm
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, saved_steps
@@ -207,7 +208,7 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
     }
     try:
         trainer = RunTrainer(job.folder, **(trainer_settings | ours))
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     # Lightning appends the timer of max_time; the step at which it stops a fit is to be logged and validated.
     trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Timer))  # type: ignore[attr-defined]
@@ -303,7 +304,7 @@ def log_start(job: Job, trainer: pl.Trainer) -> None:
     if not trainer.is_global_zero or job.folder.refusal is not None:
         return
     if job.command == "predict":
-        log.info("predictions go to %s", job.folder.path / PREDICTIONS)
+        log.info("predictions go to %s", shown_path(job.folder.path / PREDICTIONS))
     if job.metrics_logger is None:
         return
     job.metrics_logger.configuration = configuration_text(job.parser, job.settings)
@@ -401,9 +402,7 @@ def report_fit(job: Job, trainer: pl.Trainer) -> None:
 def report_evaluation(job: Job, trainer: pl.Trainer) -> None:
     """Print the metrics of ``validate`` or ``test``."""
     if trainer.is_global_zero:
-        for name, value in job.module.results.items():
-            print(f"{name:32s} {f'{value:,}' if isinstance(value, int) else f'{value:.6f}'}")
-        split = names.VALIDATION if job.command == "validate" else names.TEST
-        for note in published_notes(job.settings.published, job.module.results, split, job.datamodule.schema.dataset):
+        split, schema = names.VALIDATION if job.command == "validate" else names.TEST, job.datamodule.schema
+        print(evaluation_report(split, job.module.results, schema, job.folder.path / f"{job.command}.json"))
+        for note in published_notes(job.settings.published, job.module.results, split, schema.dataset):
             print(note)
-        print(f"kept in {job.folder.path}")

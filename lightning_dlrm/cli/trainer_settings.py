@@ -1,14 +1,17 @@
 """Settings of Lightning's Trainer that a run of this project refuses, each with what to set instead."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
 import pytorch_lightning as pl
+import torch
 from jsonargparse import Namespace
 from pytorch_lightning.callbacks import EarlyStopping, StochasticWeightAveraging, Timer, WeightAveraging
+from pytorch_lightning.strategies import StrategyRegistry
 
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, nearest, require
 from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
@@ -46,6 +49,7 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
             "imported before Lightning and made Python read whole numbers as shares; import "
             f"pytorch_lightning first, or leave {name} out for all batches",
         )
+    _check_place(trainer)
     for name in ("accumulate_grad_batches", "log_every_n_steps"):
         require(trainer[name] is None or trainer[name] >= 1, f"trainer.{name} is {trainer[name]}; give 1 or more")
     require(
@@ -81,6 +85,35 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
                 "leave one of them out",
             )
             _check_monitor(callback, grouped)
+
+
+def _check_place(trainer: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        UserError: the accelerator, the strategy or the devices are unknown, or not there.
+    """
+    accelerator, strategy, devices = trainer["accelerator"], trainer["strategy"], trainer["devices"]
+    if isinstance(accelerator, str):
+        require(
+            accelerator in ("auto", "cpu", "gpu", "cuda", "mps"),
+            f"trainer.accelerator is {accelerator}; expected auto, cpu or gpu",
+        )
+        require(
+            accelerator not in ("gpu", "cuda") or torch.cuda.is_available(),
+            f"trainer.accelerator is {accelerator}, but torch finds no CUDA device here; use cpu",
+        )
+    if isinstance(strategy, str) and strategy not in ("auto", *StrategyRegistry.available_strategies()):
+        ours = ("auto", EMBEDDING_SHARDED_DDP)
+        expected = f"; expected auto for one process, or {EMBEDDING_SHARDED_DDP}"
+        raise UserError(f"trainer.strategy is {strategy}{nearest(strategy, ours) or expected}")
+    is_count = str(devices).isdecimal() and int(devices) >= 1
+    # Lists and -1 choose GPUs; Lightning checks them.
+    on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
+    is_choice = isinstance(devices, list) or re.fullmatch(r"-1|\d+(,\d*)*", str(devices)) is not None
+    require(
+        devices == "auto" or is_count or (is_choice and not on_cpu and str(devices) != "0"),
+        f"trainer.devices is {devices}; expected auto, or a number of ranks, 1 or more",
+    )
 
 
 def _is_read_as_share(name: str) -> bool:

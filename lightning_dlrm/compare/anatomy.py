@@ -46,7 +46,6 @@ class Sharding:
     plan: Plan
     loads: Sequence[TableLoad]
     costs: Sequence[RankCost]
-    batch_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +56,8 @@ class Anatomy:
     dense: Mapping[str, int]
     sharding: Sharding | None
     """None if one process held all tables."""
+    batch_size: int
+    """Samples of a training step, of all ranks together."""
 
 
 def anatomy(run: Run) -> Anatomy:
@@ -75,15 +76,16 @@ def anatomy(run: Run) -> Anatomy:
         tables={load.name: load.rows * load.width for load in loads},
         dense={name: count for name, count in parts.items() if count},
         sharding=_sharding(run, loads, ranks, batch_size) if ranks > 1 else None,
+        batch_size=batch_size,
     )
 
 
-def merge_equal(anatomies: Mapping[str, Anatomy]) -> dict[str, Anatomy]:
-    """Merge equal anatomies under the names of all of them."""
-    groups: dict[str, list[str]] = {}
-    for name, anatomy in anatomies.items():
-        groups.setdefault(repr((sorted(anatomy.tables.items()), sorted(anatomy.dense.items()))), []).append(name)
-    return {",\n".join(members): anatomies[members[0]] for members in groups.values()}
+def merge_equal(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[list[str], Mapping[str, int]]]:
+    """Return the names of each group of configurations with equal counts, and these counts."""
+    groups: dict[frozenset[tuple[str, int]], list[str]] = {}
+    for name, of_parts in counts.items():
+        groups.setdefault(frozenset(of_parts.items()), []).append(name)
+    return [(members, counts[members[0]]) for members in groups.values()]
 
 
 def _count(parameters: Any, dense: set[int]) -> int:
@@ -98,7 +100,7 @@ def _sharding(run: Run, loads: Sequence[TableLoad], ranks: int, batch_size: int)
         plan = read_plan(Path(file))
     else:
         plan = make_plan(loads, ranks, batch_size, None if memory is None else parse_memory(memory))
-    return Sharding(plan=plan, loads=loads, costs=rank_costs(plan, loads, batch_size), batch_size=batch_size)
+    return Sharding(plan=plan, loads=loads, costs=rank_costs(plan, loads, batch_size))
 
 
 # --- time of a step ---------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def breakdown(arms: Sequence[Arm], cache: Path) -> tuple[dict[str, dict[str, flo
             if why_not:
                 notes.append(f"{arm.name}: {why_not}")
                 continue
-            log.info("a step of %s, operator by operator", arm.name)
+            log.info("measuring one step of %s by operator", arm.name)
             known[key] = measure(arm.runs[0])
             RunFolder(cache.parent).write_json(cache.name, known)
         found[arm.name] = known[key]
@@ -174,6 +176,9 @@ def measure(run: Run) -> dict[str, float]:
     data.prepare_data()
     batches = [batch.to(device) for batch in itertools.islice(_endless(data), WARM_UP + STEPS)]
     with contextlib.ExitStack() as stack:
+        # The choice of kernels was logged by the run.
+        stack.callback(log.setLevel, log.level)
+        log.setLevel(logging.WARNING)
         if precision.startswith("64"):
             torch.set_default_dtype(torch.float64)
             stack.callback(torch.set_default_dtype, torch.float32)

@@ -13,6 +13,7 @@ import torch
 
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.parser import WandbSettings
+from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.cli.trust import HELP, admit_file, trust_options
 from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import (
@@ -39,6 +40,7 @@ from lightning_dlrm.compare.scores import (
     shared_samples,
 )
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.terminal import command_after
 from lightning_dlrm.tracking.dashboard import Dashboard, publish
 from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY
 from lightning_dlrm.tracking.wandb_mode import choose_mode
@@ -78,14 +80,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = HelpParser(
         prog="python -m lightning_dlrm compare",
-        usage="python -m lightning_dlrm compare (--config EXPERIMENT.yaml [--config OVERLAY.yaml ...] | RUN ...) "
-        "--output DIR [options]",
+        usage="python -m lightning_dlrm compare --config EXPERIMENT.yaml [--config OVERLAY.yaml ...]\n"
+        "           --output DIR [options]\n"
+        "       python -m lightning_dlrm compare RUN RUN ... --output DIR [options]",
         description="Train configurations with several seeds, or take finished runs, and show which is better.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", action="append", help="an experiment's YAML, then overlays for all its runs")
     parser.add_argument("--output", default=None, help="folder for the report, and for the runs of an experiment")
@@ -286,7 +287,7 @@ def _report(
     times, notes = breakdown(arms, output / "operators.json")
     pictures = draw_all(comparison, anatomies, times, output / "figures")
     html, document = output / "report.html", output / "report.json"
-    write_report(comparison, pictures, anatomies, notes, html)
+    write_report(comparison, pictures, anatomies, notes, html, times)
     document.write_text(json.dumps(comparison.document(), indent=1) + "\n")
     print(closing_words(comparison, output))
     return page_of(comparison, pictures, anatomies, times, [html, document])
@@ -315,8 +316,11 @@ def _to_wandb(page: ComparisonPage, settings: Mapping[str, Any], output: Path, r
     later = f"python -m lightning_dlrm dashboard --project {project} --group {group} --comparison{by_tag}"
     if reason:
         sent = f"{output / 'runs/*/wandb/offline-run-*'} " if runs_too else ""
-        lines = [f"W&B: offline ({reason}); send it with: wandb sync {sent}{output / 'wandb/offline-run-*'}"]
-        return "\n".join([*lines, *([f"  then, for a workspace and a report there: {later}"] if group else [])])
+        sync = f"wandb sync {sent}{output / 'wandb/offline-run-*'}"
+        lines = [command_after(f"W&B: offline ({reason}); send it with:", sync)]
+        if group is not None:
+            lines.append(command_after("then, for a workspace and a report there:", later))
+        return "\n".join(lines)
     lines = [f"W&B comparison: {where}"]
     if group is None:
         return lines[0]
@@ -334,7 +338,7 @@ def _to_wandb(page: ComparisonPage, settings: Mapping[str, Any], output: Path, r
         lines += [f"W&B {name}: {address}" for name, address in saved.items()]
     except UserError as error:
         # The report is written; a missing page at W&B must not fail the command.
-        lines.append(f"W&B: no workspace and no report ({error}); later: {later}")
+        lines.append(command_after(f"W&B: no workspace and no report ({error}); later:", later))
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
 from lightning_dlrm.bench.breakdown import KINDS
@@ -14,7 +15,10 @@ from lightning_dlrm.cli.plan_report import PLOT_WIDTH as PLAN_WIDTH
 from lightning_dlrm.cli.plan_report import draw as draw_plan
 from lightning_dlrm.compare.anatomy import ROUNDS, STEPS, Anatomy, merge_equal
 from lightning_dlrm.compare.drawing import Drawing, Picture
+from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.tracking import names
+
+_TABLES_SHOWN = 10
 
 
 class CostDrawing(Drawing):
@@ -28,15 +32,16 @@ class CostDrawing(Drawing):
             (names.PEAK_MEMORY, "peak memory of the process, GiB", 2.0**30),
         ]
         shown = [panel for panel in shown if panel[0] == names.PEAK_MEMORY or self.comparison.steady(panel[0])]
-        figure, panels = self.panels(len(shown), (0.8 if self.narrow else 1.5) + 0.42 * len(self.arms), sharey=True)
+        figure, panels = self.panels(len(shown), 0.6 + 0.26 * len(self.arms), sharey=True)
         for axes, (name, label, unit) in zip(panels, shown, strict=True):
             for row, arm in enumerate(self.arms):
                 values = [run.final[name] / unit for run in arm.runs if run.final.get(name) is not None]
                 if values:
                     axes.barh(row, np.median(values), color=self.styles[arm.name]["color"], alpha=0.45, height=0.6)
-                    axes.plot(values, [row] * len(values), self.styles[arm.name]["marker"], color="black", markersize=4)
+                    axes.plot(values, [row] * len(values), self.styles[arm.name]["marker"], color="black", markersize=3)
             self.rows(axes, [arm.name for arm in self.arms], label)
             axes.set_xlim(left=0)
+            axes.locator_params(axis="x", nbins=5)
             if name == names.SAMPLES_PER_SECOND:
                 axes.xaxis.set_major_formatter(EngFormatter())
         return self.save(
@@ -48,59 +53,75 @@ class CostDrawing(Drawing):
                 ""
                 if len(shown) == 3
                 else " Times are not shown: they differ by a factor of more than 1.5 between seeds of a configuration"
-                ", so other work slowed the machine down."
+                ", so they are not comparable."
             ),
         )
 
     def parameters(self, anatomies: Mapping[str, Anatomy]) -> Picture:
-        """Draw the parameters of each table, and of the dense parts as a stacked bar."""
-        distinct = merge_equal({arm.name: anatomies[arm.name] for arm in self.arms})
-        equal_tables = len({repr(sorted(anatomy.tables.items())) for anatomy in anatomies.values()}) == 1
-        bars = 1.4 + 0.5 * len(distinct)
-        if equal_tables:
-            figure, (right,) = self.panels(1, bars)
-            of_tables = next(iter(anatomies.values())).tables
+        """Draw the parameters of the largest tables, unless all have the same, and the dense parts as stacked bars."""
+        groups = merge_equal({arm.name: anatomies[arm.name].tables for arm in self.arms})
+        dense = merge_equal({arm.name: anatomies[arm.name].dense for arm in self.arms})
+        heights = [(1.2 if self.narrow else 0.8) + 0.3 * len(dense)]
+        if len(groups) > 1:
+            shown = min(_TABLES_SHOWN, len({name for _, tables in groups for name in tables}))
+            heights.insert(0, 0.7 + shown * max(0.16, 0.11 * len(groups)))
+        figure = Figure(figsize=(self.width, sum(heights)), layout="constrained")
+        *above, right = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False).flat
+        if above:
+            count, most = self._tables(above[0], groups)
+            caption = f"Above: the {most} largest of {count} tables; below: the dense parts."
+        else:
+            (_, of_tables), *_ = groups
             caption = (
                 f"Of the dense parts. The tables are the same in all configurations: {len(of_tables)} with "
                 f"{sum(of_tables.values()):,} parameters."
             )
-        else:
-            figure = Figure(figsize=(self.width, 3.4 + bars), layout="constrained")
-            left, right = figure.subplots(2, 1, height_ratios=(3.4, bars))
-            self._tables(left, distinct)
-            caption = "Of each embedding table, on a logarithmic scale, and of the dense parts."
-        parts = dict.fromkeys(name for anatomy in distinct.values() for name in anatomy.dense)
-        amounts = {part: [anatomy.dense.get(part, 0) for anatomy in distinct.values()] for part in parts}
-        self._stack(right, list(distinct), amounts, "{:,.0f}", "parameters of the dense parts")
+        # Parts that are too small to be seen are one.
+        least = 0.01 * max(sum(parts.values()) for _, parts in dense)
+        large = dict.fromkeys(name for _, parts in dense for name, count in parts.items() if count >= least)
+        amounts = {part: [float(parts.get(part, 0)) for _, parts in dense] for part in large}
+        rest = [float(sum(n for part, n in parts.items() if part not in large)) for _, parts in dense]
+        if any(rest):
+            amounts["smaller parts"] = rest
+        labels = [("\n" if self.narrow else ", ").join(members) for members, _ in dense]
+        self._stack(right, labels, amounts, "{:,.0f}", "parameters of the dense parts")
         right.xaxis.set_major_formatter(EngFormatter())
-        return self.save(
-            figure,
-            "parameters",
-            "Parameters",
-            caption,
-        )
+        return self.save(figure, "parameters", "Parameters", caption)
 
-    @staticmethod
-    def _tables(axes: Axes, distinct: Mapping[str, Anatomy]) -> None:
-        """Draw the parameters of each table; if there are more than 40, of the largest."""
+    def _tables(self, axes: Axes, groups: Sequence[tuple[list[str], Mapping[str, int]]]) -> tuple[int, int]:
+        """Draw the parameters of the largest tables, a bar for each group of configurations with equal tables.
+
+        Returns:
+            The number of tables, and of those that are shown.
+        """
         most: dict[str, int] = {}
-        for anatomy in distinct.values():
-            most |= {name: max(count, most.get(name, 0)) for name, count in anatomy.tables.items()}
-        shown = list(most) if len(most) <= 40 else sorted(most, key=lambda name: -most[name])[:40]
-        width = 0.8 / len(distinct)
-        for i, (title, anatomy) in enumerate(distinct.items()):
-            look: dict[str, Any] = filling(i)
-            at = np.arange(len(shown)) + (i - (len(distinct) - 1) / 2) * width
-            axes.bar(at, [anatomy.tables.get(name, 0) for name in shown], width, label=title, **look)
-        axes.set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
-        axes.set(yscale="log", xlabel="table", ylabel="parameters", xmargin=0.01)
-        if len(distinct) > 1:
-            # Above the axes: inside, the legend would hide bars.
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(distinct), frameon=False, fontsize=8)
+        for _, tables in groups:
+            most |= {name: max(count, most.get(name, 0)) for name, count in tables.items()}
+        shown = sorted(most, key=lambda name: -most[name])[:_TABLES_SHOWN]
+        handles = []
+        for number, (members, tables) in enumerate(groups):
+            look: dict[str, Any] = filling(number) | {"color": self.styles[members[0]]["color"]}
+            label = f"{', '.join(members)}: {counted(len(tables), 'table')}, {sum(tables.values()):,} parameters"
+            handles.append(Patch(facecolor=look.pop("color"), label=label, **look))
+            for row, name in enumerate(shown):
+                if name in tables:
+                    # Bars of the configurations that have the table are centred on its name.
+                    owners = [n for n, (_, of_group) in enumerate(groups) if name in of_group]
+                    height = 0.8 / len(owners)
+                    y = row + (owners.index(number) - (len(owners) - 1) / 2) * height
+                    axes.barh(y, tables[name], height, facecolor=handles[-1].get_facecolor(), **look)
+                    axes.text(tables[name], y, f" {tables[name]:,}", va="center", fontsize=7 if height > 0.3 else 5)
+        self.rows(axes, shown, "parameters of the largest tables")
+        axes.set_xlim(0, (1.3 if self.narrow else 1.12) * most[shown[0]])
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.locator_params(axis="x", nbins=5)
+        # Above the axes: inside, the legend would hide bars.
+        axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=6 if self.narrow else 8)
+        return len(most), len(shown)
 
     def operators(self, operators: Mapping[str, Mapping[str, float]]) -> Picture:
         """Draw the time of a training step by kind of operator as a stacked bar."""
-        figure, (axes,) = self.panels(1, 1.4 + 0.5 * len(operators))
+        figure, (axes,) = self.panels(1, (1.5 if self.narrow else 0.9) + 0.3 * len(operators))
         measured = [arm.name for arm in self.arms if arm.name in operators]
         amounts = {kind: [operators[arm][kind] for arm in measured] for kind in KINDS}
         self._stack(axes, measured, amounts, "{:.2f}", "milliseconds of a training step")
@@ -116,26 +137,28 @@ class CostDrawing(Drawing):
     def _stack(
         self, axes: Axes, bars: Sequence[str], amounts: Mapping[str, Sequence[float]], text: str, xlabel: str
     ) -> None:
-        """Draw a stacked bar in each row; large parts show their number."""
+        """Draw a stacked bar in each row, its sum at its end; parts with enough room show their number."""
         left = np.zeros(len(bars))
-        longest = np.sum(list(amounts.values()), axis=0).max()
+        longest = np.sum(list(amounts.values()), axis=0).max() or 1.0
+        room = self.width - 0.3 - 0.07 * max(len(line) for bar in bars for line in bar.splitlines())
+        size = 7
         for i, (name, values) in enumerate(amounts.items()):
             # The colours of configurations are from another palette.
             look: dict[str, Any] = filling(i, TOL_MUTED)
             axes.barh(range(len(bars)), values, 0.6, left, label=name, **look)
             for y, value in enumerate(values):
-                if value > (0.2 if self.narrow else 0.06) * longest:
-                    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
-                    axes.text(
-                        left[y] + value / 2, y, text.format(value), ha="center", va="center", fontsize=8, bbox=box
-                    )
+                number = text.format(value)
+                if value / longest * room / 1.2 > 0.065 * len(number) + 0.04:
+                    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
+                    axes.text(left[y] + value / 2, y, number, ha="center", va="center", fontsize=size, bbox=box)
             left += np.array(values)
-        axes.set_xlim(0, 1.02 * longest)
+        for y, total in enumerate(left):
+            axes.text(total, y, f" {text.format(total)}", va="center", fontsize=size, weight="bold")
+        axes.set_xlim(0, (1.25 if self.narrow else 1.12) * longest)
+        axes.locator_params(axis="x", nbins=5)
         self.rows(axes, bars, xlabel)
-        handles, labels = axes.get_legend_handles_labels()
-        axes.figure.legend(
-            handles, labels, loc="outside lower center", ncols=2 if self.narrow else 5, frameon=False, fontsize=8
-        )
+        assert isinstance(axes.figure, Figure)
+        self.legend(axes.figure, axes.get_legend_handles_labels()[0], "lower")
 
     def plans(self, anatomies: Mapping[str, Anatomy]) -> list[Picture]:
         """Draw the load of each rank for configurations with sharded tables."""
@@ -145,7 +168,7 @@ class CostDrawing(Drawing):
             if found is None:
                 continue
             path = self.folder / f"plan_{_file_name(arm)}.png"
-            draw_plan(found.plan, found.loads, found.costs, found.batch_size, path, self.warning() or arm)
+            draw_plan(found.plan, found.loads, found.costs, anatomy.batch_size, path, self.warning() or arm)
             pictures.append(
                 Picture(
                     name="load",

@@ -1,4 +1,6 @@
-"""What the figures of a comparison have in common: styles of the configurations, labels, warnings, PNG files.
+"""What the figures of a comparison have in common: styles of the configurations, labels, warnings, files.
+
+Each figure is drawn for a page and for a column of print, as PNG for the report and as PDF.
 
 Colours are those of Okabe and Ito. Each configuration also has its own line style and marker, so figures are readable
 in black and white and for colour-blind people.
@@ -9,10 +11,13 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lightning_dlrm.cli.palette import OKABE_ITO
 from lightning_dlrm.compare.ranking import ranked
@@ -20,10 +25,15 @@ from lightning_dlrm.compare.results import Comparison
 
 LINES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 1)), (0, (5, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-PAGE_WIDTH = 11.0
-"""Inches of a figure as wide as the report; narrower figures are scaled alike, so that letters have one size."""
-NARROW_WIDTH = 4.0
+PAGE_WIDTH = 7.0
+"""Inches of a figure as wide as the report, or as a page of print; narrower figures are scaled alike, so that letters
+have one size."""
+NARROW_WIDTH = 3.4
 """Inches of the same figure for a phone, or for a column of print."""
+SETTINGS: Any = {
+    "font.size": 8, "axes.titlesize": 8, "legend.frameon": False, "hatch.linewidth": 0.6, "pdf.fonttype": 42,
+}  # fmt: skip
+"""Matplotlib's settings for all figures: letters that can be read in print, and fonts that PDF readers can search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +98,20 @@ class Drawing:
         axes.set_yticks(range(len(labels)), labels)
         axes.set(xlabel=xlabel, ylim=(len(labels) - 0.5, -0.5))
 
-    def legend(self, figure: Figure, axes: Axes) -> None:
-        handles, labels = axes.get_legend_handles_labels()
+    def legend(self, figure: Figure, handles: Sequence[Artist], side: Literal["upper", "lower"] = "upper") -> None:
+        """Add a legend above or below a figure, in as few rows of about equal length as its width allows."""
+        lengths, columns = [len(str(handle.get_label())) for handle in handles], 1
+        for rows in range(1, len(handles) + 1):
+            columns = -(-len(handles) // rows)
+            if sum(0.5 + 0.06 * max(column) for column in np.array_split(lengths, columns)) < self.width:
+                break
         figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(2 if self.narrow else 4, len(labels)), frameon=False
+            handles=handles, loc="outside upper center" if side == "upper" else "outside lower center", ncols=columns
         )
+
+    def marks(self, **changes: Any) -> list[Line2D]:
+        """Return a line with a marker for each configuration, for a legend."""
+        return [Line2D([], [], label=arm.name, markersize=4, **self.styles[arm.name] | changes) for arm in self.arms]
 
     def warning(self) -> str:
         warnings = self.comparison.warnings
@@ -109,8 +128,10 @@ class Drawing:
             figure.suptitle(
                 "\n".join(textwrap.wrap(warning, int(figure.get_figwidth() * 13))), color="#D55E00", fontsize=8
             )
+        figure.align_ylabels()
         path = self.folder / f"{name}.png"
-        figure.savefig(path, dpi=200 if self.narrow else 150)
+        for file in (path, path.with_suffix(".pdf")):
+            figure.savefig(file, dpi=220, bbox_inches="tight", pad_inches=0.04)
         if self.comparison.warnings:
             caption += " The runs are of different data: each is scored on its own."
         return Picture(name=name, path=path, width=figure.get_figwidth(), title=title, caption=caption)

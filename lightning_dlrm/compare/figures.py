@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from lightning_dlrm.compare.anatomy import Anatomy
 from lightning_dlrm.compare.cost_figures import CostDrawing
-from lightning_dlrm.compare.drawing import NARROW_WIDTH, Drawing, Picture
+from lightning_dlrm.compare.drawing import SETTINGS, Drawing, Picture
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
 from lightning_dlrm.compare.runs import Arm
 from lightning_dlrm.compare.statistics import HIGHER_IS_BETTER, Score
@@ -21,6 +25,8 @@ FIRST_SHOWN = 0.05
 """Share of a run at its beginning that curves do not show."""
 SHOWN_MARKS = 8
 """Markers along a curve."""
+_THIN, _MARK = 0.9, 4.0
+"""Line width of training beside validation, and size of markers, in points."""
 _OPERATIONS = "floating-point operations"
 _COMMON_SCALE = 50
 """Largest ratio of the operations of two configurations that one axis shows."""
@@ -43,13 +49,14 @@ def draw_all(
         folder: folder of the files.
     """
     # The narrow figures first: the page looks for them beside the files of the wide figures.
-    for narrow in (True, False):
-        drawing, costs = _ResultDrawing(comparison, folder, narrow), CostDrawing(comparison, folder, narrow)
-        pictures = [drawing.differences(), drawing.curves("auc"), drawing.results()]
-        pictures += [drawing.figure5(), drawing.curves("accuracy"), drawing.curves("log_loss")]
-        pictures += [drawing.calibration(), costs.cost(), costs.parameters(anatomies)]
-        if operators:
-            pictures.append(costs.operators(operators))
+    with matplotlib.rc_context(SETTINGS):
+        for narrow in (True, False):
+            drawing, costs = _ResultDrawing(comparison, folder, narrow), CostDrawing(comparison, folder, narrow)
+            pictures = [drawing.differences(), drawing.curves("auc"), drawing.results()]
+            pictures += [drawing.figure5(), drawing.curves("log_loss")]
+            pictures += [drawing.calibration(), costs.cost(), costs.parameters(anatomies)]
+            if operators:
+                pictures.append(costs.operators(operators))
     return pictures + costs.plans(anatomies)
 
 
@@ -61,61 +68,76 @@ class _ResultDrawing(Drawing):
     def figure5(self) -> Picture:
         """Draw training and validation accuracy against samples, with a panel for each optimizer."""
         panels = self._panels()
-        figure, axes = self.panels(len(panels), 3.2 if self.narrow else 4.4, sharey=True)
+        figure, axes = self.panels(len(panels), 2.4, sharex=True, sharey=True)
+        answer: list[Artist] = []
         for panel, (title, arms) in zip(axes, panels.items(), strict=True):
             for arm in arms:
-                self._course(panel, arm, names.SAMPLES, f"{names.VALIDATION}/accuracy", f"{arm.name}, validation")
-                self._course(panel, arm, names.SAMPLES, "train/accuracy", f"{arm.name}, training", thin=True)
-            self._constant_answer(panel)
-            panel.set(title=title, xlabel="samples seen")
+                self._course(panel, arm, names.SAMPLES, f"{names.TRAIN}/accuracy", thin=True)
+                self._course(panel, arm, names.SAMPLES, f"{names.VALIDATION}/accuracy")
+            answer = self._constant_answer(panel)
+            panel.set(title=title)
             panel.xaxis.set_major_formatter(EngFormatter())
-            panel.legend(frameon=False, fontsize=6 if self.narrow else 8)
             if self.narrow or panel is axes[0]:
                 panel.set_ylabel("accuracy")
+            if not self.narrow or panel is axes[-1]:
+                panel.set_xlabel("samples seen")
+        self.legend(figure, [*self.marks(fillstyle=self._fill), *self._splits(), *answer])
         return self.save(
             figure,
             "figure5",
             "Accuracy while training",
-            "As in Figure 5 of Naumov et al. (2019): accuracy on the training samples (thin, over the last 65,536 "
-            "of them, each scored before its step) and on the validation split (thick), after the first twentieth of "
-            f"the run. {self._lines()}",
+            f"As in Figure 5 of Naumov et al. (2019): accuracy against samples seen. {self._lines()}",
         )
 
     def curves(self, metric: Score) -> Picture:
-        """Draw a metric, training and validation, against samples, time and operations."""
-        abscissae = self._abscissae()
-        figure = Figure(figsize=(self.width, 4.0 * len(abscissae) if self.narrow else 6.2), layout="constrained")
-        # A row for each split; in a narrow figure a row for each split of each x-axis.
-        grid = np.array(figure.subplots(2 * len(abscissae), 1) if self.narrow else
-                        figure.subplots(2, len(abscissae), sharey="row")).reshape(2, -1)  # fmt: skip
-        for row, split in zip(grid, (names.TRAIN, names.VALIDATION), strict=True):
+        """Draw a metric, training and validation, against samples, time and operations; the narrow figure has the
+        samples only."""
+        abscissae = self._abscissae()[: 1 if self.narrow else None]
+        both = [names.TRAIN, names.VALIDATION]
+        # With one validation a run, its marks are in the panels of the training samples.
+        rows = [both] if self._one_validation else [[split] for split in both]
+        figure = Figure(figsize=(self.width, 0.6 + 1.9 * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), len(abscissae), sharex="col", sharey="row", squeeze=False)
+        title = METRIC_TITLES[metric]
+        for row, splits in zip(grid, rows, strict=True):
             for axes, (x, label) in zip(row, abscissae, strict=True):
                 for arm in self.arms:
                     factor = float(arm[names.FLOPS_TRAINING]) if label == _OPERATIONS else 1.0
-                    self._course(axes, arm, x, f"{split}/{metric}", arm.name, factor=factor)
-                if metric == "accuracy":
-                    self._constant_answer(axes)
+                    for split in splits:
+                        self._course(axes, arm, x, f"{split}/{metric}", thin=split != splits[-1], factor=factor)
                 axes.xaxis.set_major_formatter(EngFormatter())
                 axes.locator_params(axis="x", nbins=4)
-                if split == names.VALIDATION or self.narrow:
-                    axes.set_xlabel(label)
-                if axes is row[0] or self.narrow:
-                    axes.set_ylabel(f"{'training' if split == names.TRAIN else split} {METRIC_TITLES[metric]}")
-        self.legend(figure, grid[0][0])
-        against = " and ".join(filter(None, [", ".join(label for _, label in abscissae[:-1]), abscissae[-1][1]]))
+            of = "" if len(splits) > 1 else "training " if splits == [names.TRAIN] else f"{splits[0]} "
+            row[0].set_ylabel(f"{of}{title}")
+        for axes, (_, label) in zip(grid[-1], abscissae, strict=True):
+            axes.set_xlabel(label)
+        self.legend(figure, [*self.marks(fillstyle=self._fill), *(self._splits() if self._one_validation else [])])
+        timed = "Time on an x-axis is that of training, without validations and checkpoints. "
         return self.save(
             figure,
             metric,
-            f"{METRIC_TITLES[metric][0].upper()}{METRIC_TITLES[metric][1:]} against {against}",
-            "Above: the last 65,536 training samples, each scored before its step; below: the validation split. "
-            "The first twentieth of the run is not shown. "
-            + (
-                "Time is that of training, without validations and checkpoints. "
-                if len({x for x, _ in abscissae}) > 1
-                else ""
-            )
-            + self._lines(),
+            f"{title[0].upper()}{title[1:]} while training",
+            f"{'' if self._one_validation else 'Above: training; below: validation. '}"
+            f"{timed * (len({x for x, _ in abscissae}) > 1)}{self._lines()}",
         )
+
+    @property
+    def _one_validation(self) -> bool:
+        """Whether no run has several validations, so there is no curve of them."""
+        return all(len(run.curve(names.SAMPLES, f"{names.VALIDATION}/auc")[0]) < 2 for run in self.comparison.runs)
+
+    @property
+    def _fill(self) -> Literal["none", "full"]:
+        """How markers of validations are filled: open marks show what is behind them."""
+        return "none" if self._one_validation else "full"
+
+    def _splits(self) -> list[Artist]:
+        """Return how training and validation look in a common panel, for a legend."""
+        look: dict[str, Any] = {"linestyle": "none" if self._one_validation else "-", "fillstyle": self._fill}
+        return [
+            Line2D([], [], color="0.4", linewidth=_THIN, label="training"),
+            Line2D([], [], color="0.4", marker="o", markersize=_MARK, label="validation", **look),
+        ]
 
     def _abscissae(self) -> list[tuple[str, str]]:
         """Return metric and label of each x-axis: no time if it varies too much, no operations if they are unknown or
@@ -128,13 +150,18 @@ class _ResultDrawing(Drawing):
             found.append((names.SAMPLES, _OPERATIONS))
         return found
 
-    def _constant_answer(self, axes: Axes) -> None:
-        """Draw the accuracy on the validation split of a model that always gives the more frequent answer."""
+    def _constant_answer(self, axes: Axes) -> list[Artist]:
+        """Draw the accuracy on the validation split of a model that always gives the more frequent answer.
+
+        Returns:
+            Its line, for a legend; none if it is not known.
+        """
         final = self.comparison.runs[0].final
         loss, normalized = (final.get(f"{names.VALIDATION}/{metric}") for metric in ("log_loss", "normalized_entropy"))
-        if loss and normalized and not self.comparison.warnings:
-            answer = "never" if self.comparison.click_rate < 0.5 else "always"
-            axes.axhline(majority(loss / normalized), label=f"{answer} a click, validation", **_LEVEL_LOOK)
+        if not (loss and normalized) or self.comparison.warnings:
+            return []
+        answer = "never" if self.comparison.click_rate < 0.5 else "always"
+        return [axes.axhline(majority(loss / normalized), label=f"{answer} a click, validation", **_LEVEL_LOOK)]
 
     def _panels(self) -> dict[str, list[Arm]]:
         """Group configurations by optimizer, if each optimizer has several; else all in one panel."""
@@ -146,9 +173,7 @@ class _ResultDrawing(Drawing):
             return panels
         return {"": self.arms}
 
-    def _course(
-        self, axes: Axes, arm: Arm, x: str, y: str, label: str, *, thin: bool = False, factor: float = 1.0
-    ) -> None:
+    def _course(self, axes: Axes, arm: Arm, x: str, y: str, *, thin: bool = False, factor: float = 1.0) -> None:
         """Draw the mean over the runs of a configuration, and the band from the lowest to the highest."""
         curves = [run.curve(x, y) for run in arm.runs]
         length = min(len(ys) for _, ys in curves)
@@ -160,15 +185,22 @@ class _ResultDrawing(Drawing):
         shown = xs >= FIRST_SHOWN * xs[-1]
         xs, ys, length = xs[shown], ys[:, shown], int(shown.sum())
         style = dict(self.styles[arm.name])
-        if thin:
-            style |= {"marker": "" if length > 1 else ".", "linewidth": 0.9, "alpha": 0.75}
-        else:
-            style |= {"linewidth": 1.8, "markersize": 4, "markevery": max(1, length // SHOWN_MARKS)}
         if length == 1 and not thin:
-            # One validation each, often at the same place: markers of several sizes do not hide each other.
-            style |= {"fillstyle": "none", "markersize": 7 + 2 * list(self.styles).index(arm.name)}
-            axes.vlines(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=style["markersize"])
-        axes.plot(xs, ys.mean(0), label=label, **style)
+            # One validation each, often at the same place: marks beside each other.
+            figure = axes.get_figure()
+            assert figure is not None
+            aside = (self.arms.index(arm) - (len(self.arms) - 1) / 2) * 0.09
+            style |= {"transform": axes.transData + ScaledTranslation(aside, 0, figure.dpi_scale_trans)}
+            style |= {"linestyle": "-", "linewidth": _THIN, "clip_on": False}
+            axes.update_datalim([(xs[0], ys.min()), (xs[0], ys.max())])
+            axes.plot(np.repeat(xs, 2), [ys.min(), ys.max()], **style | {"marker": ""})
+            axes.plot(xs, ys.mean(0), **style | {"fillstyle": self._fill, "markersize": _MARK + 1})
+            return
+        if thin:
+            style |= {"marker": "" if length > 1 else ".", "linewidth": _THIN}
+        else:
+            style |= {"linewidth": 1.4, "markersize": _MARK, "markevery": max(1, length // SHOWN_MARKS)}
+        axes.plot(xs, ys.mean(0), **style)
         if len(arm.runs) > 1:
             axes.fill_between(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0)
 
@@ -177,41 +209,46 @@ class _ResultDrawing(Drawing):
     def differences(self) -> Picture:
         """Draw the interval of every difference."""
         comparison = self.comparison
-        newline = "\n"
-        figure, panels = self.panels(
-            len(comparison.judged), 1.9 + 0.42 * len(comparison.pairs) / len(comparison.judged)
-        )
+        count = len(comparison.judged)
+        figure, panels = self.panels(count, 1.0 + 0.3 * len(comparison.pairs) / count)
+        looks: dict[bool, dict[str, Any]] = {
+            True: {"fmt": "o", "color": "black", "markerfacecolor": "black"},
+            False: {"fmt": "s", "color": "0.45", "markerfacecolor": "white"},
+        }
         for axes, metric in zip(panels, comparison.judged, strict=True):
             pairs = [pair for pair in comparison.pairs if pair.metric == metric]
             for row, pair in enumerate(pairs):
                 interval = pair.interval
-                axes.errorbar(
-                    interval.value,
-                    row,
-                    xerr=[[interval.value - interval.low], [interval.high - interval.value]],
-                    fmt="o" if pair.decided else "s",
-                    color="black" if pair.decided else "0.45",
-                    markerfacecolor="black" if pair.decided else "white",
-                    capsize=3,
-                )
+                reach = [[interval.value - interval.low], [interval.high - interval.value]]
+                axes.errorbar(interval.value, row, xerr=reach, capsize=2, markersize=4, **looks[pair.decided])
             axes.axvline(0, color="0.6", linewidth=0.8)
-            higher = HIGHER_IS_BETTER[metric]
-            only = len(pairs) == 1
-            sides = tuple(
-                f"{side} is better"
-                for side in ((pairs[0].loser, pairs[0].winner) if only else ("the other", "the first"))
-            )
-            left, right = sides if higher else sides[::-1]
-            self.rows(
-                axes,
-                [f"{pair.winner}\nminus {pair.loser}" for pair in pairs],
-                f"difference in {METRIC_TITLES[metric]}\n← {left}{newline if self.narrow else '   |   '}{right} →",
-            )
-            axes.tick_params(labelsize=8)
-            axes.locator_params(axis="x", nbins=5)
+            sides = ("second", "first") if len(pairs) > 1 else (pairs[0].loser, pairs[0].winner)
+            left, right = sides if HIGHER_IS_BETTER[metric] else sides[::-1]
+            above: dict[str, Any] = {
+                "xy": (0, 1),
+                "xycoords": axes.get_xaxis_transform(),
+                "textcoords": "offset points",
+            }
+            axes.annotate(f"\u2190 {left} better", xytext=(-4, 3), ha="right", color="0.35", **above)
+            axes.annotate(f"{right} better \u2192", xytext=(4, 3), ha="left", color="0.35", **above)
+            labels = [f"{pair.winner}\nminus {pair.loser}" for pair in pairs]
+            self.rows(axes, labels, f"difference in {METRIC_TITLES[metric]}")
+            axes.tick_params(axis="y", labelsize=7)
+            axes.locator_params(axis="x", nbins=4)
             # The axis includes 0, with room on its other side.
             low, high = axes.get_xlim()
-            axes.set_xlim(min(low, -0.12 * high), max(high, -0.12 * low))
+            axes.set_xlim(min(low, -0.3 * high), max(high, -0.3 * low))
+        kinds = {True: "filled: they differ (verdict)", False: "open: no verdict that they differ"}
+        self.legend(
+            figure,
+            [
+                Line2D([], [], marker=look["fmt"], color=look["color"], markerfacecolor=look["markerfacecolor"],
+                       markersize=4, linewidth=1, label=kinds[decided])
+                for decided, look in looks.items()
+                if decided in {pair.decided for pair in comparison.pairs}
+            ],
+            "lower",
+        )  # fmt: skip
         return self.save(
             figure,
             "differences",
@@ -231,22 +268,21 @@ class _ResultDrawing(Drawing):
         """Draw every run's result, with mean and interval."""
         comparison = self.comparison
         shown: tuple[Score, ...] = ("auc", "log_loss", "accuracy")
-        figure, panels = self.panels(len(shown), (0.8 if self.narrow else 1.6) + 0.42 * len(self.arms), sharey=True)
+        figure, panels = self.panels(len(shown), 0.6 + 0.26 * len(self.arms), sharey=True)
         for axes, metric in zip(panels, shown, strict=True):
             for row, arm in enumerate(self.arms):
                 style = self.styles[arm.name]
                 values = comparison.values(arm, metric)
                 axes.plot(
-                    values, [row] * len(values), style["marker"], color=style["color"], markersize=6, fillstyle="none"
+                    values, [row] * len(values), style["marker"], color=style["color"], markersize=5, fillstyle="none"
                 )
                 if len(values) > 1:
-                    axes.plot(np.mean(values), row, "|", color=style["color"], markersize=18, markeredgewidth=2)
+                    axes.plot(np.mean(values), row, "|", color=style["color"], markersize=12, markeredgewidth=1.5)
             if metric == "accuracy":
                 rate = comparison.click_rate
                 axes.axvline(max(rate, 1 - rate), **_LEVEL_LOOK)
             self.rows(axes, [arm.name for arm in self.arms], METRIC_TITLES[metric])
-            axes.tick_params(axis="x", labelsize=8)
-            axes.locator_params(axis="x", nbins=6)
+            axes.locator_params(axis="x", nbins=4)
         return self.save(
             figure,
             "results",
@@ -261,38 +297,53 @@ class _ResultDrawing(Drawing):
         groups = {arm.name: self.comparison.reliability[arm.name] for arm in self.arms}
         columns = min(2 if self.narrow else 4, len(groups))
         rows = -(-len(groups) // columns)
-        side = (NARROW_WIDTH - 0.4) / 2 if self.narrow else 2.6
-        figure = Figure(figsize=(self.width if self.narrow else 0.6 + side * columns, 0.6 + side * rows),
-                        layout="constrained")  # fmt: skip
+        side = (self.width - 0.3) / (2 if self.narrow else 4)
+        figure = Figure(figsize=(0.3 + side * columns, 0.4 + side * rows), layout="constrained")
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         highest = max(max(found.predicted.max(), found.high.max()) for found in groups.values())
         for axes, (name, found) in zip(panels.flat, groups.items(), strict=False):
             reach = [found.clicked - found.low, found.high - found.clicked]
             axes.plot([0, highest], [0, highest], color="0.6", linewidth=0.8)
             axes.errorbar(
-                found.predicted, found.clicked, yerr=reach, **self.styles[name] | {"linestyle": "none"}, markersize=3
+                found.predicted,
+                found.clicked,
+                yerr=reach,
+                **self.styles[name] | {"linestyle": "none"},
+                markersize=2.5,
+                elinewidth=1,
             )
-            axes.set_title(name, fontsize=9)
-            axes.tick_params(labelsize=8)
+            axes.set_title(name)
         for axes in panels.flat[len(groups) :]:
             axes.set_visible(False)
-        figure.supxlabel("mean predicted probability", fontsize=9)
-        figure.supylabel("share of clicks", fontsize=9)
+        figure.supxlabel("mean predicted probability", fontsize=8)
+        figure.supylabel("share of clicks", fontsize=8)
         return self.save(
             figure,
             "calibration",
             "Calibration",
             f"The samples of the {self.comparison.split} split in 20 groups of equal size by their probability"
-            + ("; " if self.comparison.one_seed else ", the mean over the seeds; ")
+            + (
+                "; "
+                if self.comparison.one_seed
+                else ". Each sample has the mean probability of the seeds, so errors of single seeds in opposite "
+                "directions cancel here; "
+            )
             + "bars are Wilson's 95% intervals. On the grey line clicks are as frequent as predicted; below it there "
             "are fewer clicks than predicted.",
         )
 
     def _lines(self) -> str:
         """Return a description of the lines of curves."""
-        if self.comparison.one_seed:
-            return "Each line is of one run."
-        return "Lines are means over the seeds, bands reach from the lowest seed to the highest."
+        runs = "Each line is of one run."
+        if not self.comparison.one_seed:
+            bars = ", and so do the bars of validations" * self._one_validation
+            runs = f"Lines are means over the seeds; bands reach from the lowest seed to the highest{bars}."
+        if self._one_validation:
+            runs += " Each run has one validation, at its end; marks at the same place are drawn beside each other."
+        return (
+            "Training: over the last 65,536 samples, each scored before its step. The first twentieth of the run is "
+            f"not shown. {runs}"
+        )
 
 
 def majority(entropy: float) -> float:

@@ -186,7 +186,7 @@ class _Progress:
     """One bar over all runs: trained and scored samples, remaining time, and the active runs."""
 
     # Names come last, because a line that is too long for the terminal is cut at its end.
-    FORMAT = "{percentage:3.0f}%|{bar:10}| {elapsed}<{remaining}{postfix}, {rate_fmt}"
+    FORMAT = "{percentage:3.0f}%|{bar:10}| {elapsed}<{remaining}{postfix}"
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs

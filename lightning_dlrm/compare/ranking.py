@@ -1,6 +1,7 @@
 """The answer of a comparison in a few sentences, and its configurations ranked by their mean AUC."""
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,9 @@ from lightning_dlrm.tracking import names
 
 _SHOWN_NAMES = 4
 """Most configurations that a title or a sentence lists by name; of more it gives the number."""
+
+_GENERATED = ("demo", "random", "trace")
+"""Names of the datasets that ``generate`` writes."""
 
 
 def title_of(arms: Sequence[Arm]) -> str:
@@ -34,8 +38,23 @@ def title_of(arms: Sequence[Arm]) -> str:
     networks, rules = (list(dict.fromkeys(part)) for part in zip(*classes, strict=True))
     if len(set(classes)) < len(arms) or len(networks) * len(rules) != len(arms):
         return f"{_listed([arm.name for arm in arms])}, {on}"
+    if len(networks) == len(arms):
+        # The rest of the report has the names of the configurations.
+        networks = [
+            _in_words(network) + f" ({arm.name})" * (network.lower() != arm.name.lower())
+            for network, arm in zip(networks, arms, strict=True)
+        ]
     under = f" under {_listed(rules)}" if len(rules) > 1 else ""
     return f"{_listed(networks)}{under}, {on}"
+
+
+def _in_words(name: str) -> str:
+    """Return the name of a class in words.
+
+    >>> [_in_words(name) for name in ("LogisticRegression", "WideAndDeep", "DeepFM", "DLRM")]
+    ['Logistic regression', 'Wide and deep', 'DeepFM', 'DLRM']
+    """
+    return re.sub(r"(?<=[a-z])[A-Z](?=[a-z])", lambda found: f" {found[0].lower()}", name)
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -59,10 +78,13 @@ def pair_of(comparison: Comparison, one: Arm, other: Arm, metric: Metric = "auc"
 
 
 def with_spread(comparison: Comparison, arm: Arm, metric: Score, digits: int = 5) -> str:
-    """Return a configuration's mean of a metric, with the standard deviation over its seeds in brackets."""
+    """Return a configuration's mean of a metric, with two digits of the standard deviation over its seeds in
+    brackets."""
     values = comparison.values(arm, metric)
-    spread = f" ({np.std(values, ddof=1):.{digits}f})" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    spread = float(np.std(values, ddof=1))
+    return f"{np.mean(values):.{digits}f} ({spread:.{1 - math.floor(math.log10(spread)) if spread else 0}f})"
 
 
 def behind(comparison: Comparison, arm: Arm) -> str:
@@ -106,7 +128,7 @@ def answer(comparison: Comparison) -> tuple[str, str]:
     if near.single and not level:
         head = (
             f"No verdict from one seed: {first.name} has the highest AUC, {auc}: {above}, without the variation over "
-            "seeds."
+            f"seeds. Train more seeds ({_more_seeds(comparison)})."
         )
     elif level:
         # An interval may exclude 0 without a verdict.
@@ -115,12 +137,34 @@ def answer(comparison: Comparison) -> tuple[str, str]:
         head = (
             f"No clear winner with {_seeds(comparison)}: {first.name} has the highest AUC, {auc}, {above}, but it is "
             f"not distinguishable from {_listed(level)}{f' after adjustment for {verdicts}' * adjusted}."
+            f"{_decided(comparison)}"
         )
+        if adjusted:
+            head += f" An interval excludes 0 without a verdict: train more seeds ({_more_seeds(comparison)})."
     else:
         head = f"{first.name} wins: AUC {auc}, {above}, {_seeds(comparison)}."
         if single:
             head += f" With one seed there is no verdict against {_listed(single)}."
     return head, " ".join(filter(None, [_by_log_loss(comparison, first, second), on]))
+
+
+def _decided(comparison: Comparison) -> str:
+    """Return which configurations are better than which by AUC, as sentences; empty without such a verdict."""
+    better: dict[str, list[str]] = {}
+    for pair in comparison.pairs:
+        if pair.metric == "auc" and pair.decided:
+            better.setdefault(pair.loser, []).append(pair.winner)
+    return "".join(
+        f" {_listed(winners)} {'is' if len(winners) == 1 else 'are'} better than {loser}."
+        for loser, winners in better.items()
+    )
+
+
+def _more_seeds(comparison: Comparison) -> str:
+    """Return an experiment's option for at least five seeds, or twice as many as now, the present ones first."""
+    present = max((arm.seeds for arm in comparison.arms), key=len)
+    more = max(5 - len(present), len(present) if len(present) > 2 else 0)
+    return f"--seeds {','.join(map(str, [*present, *range(max(present) + 1, max(present) + 1 + more)]))}"
 
 
 def _by_log_loss(comparison: Comparison, first: Arm, second: Arm) -> str:
@@ -141,6 +185,8 @@ def _seeds(comparison: Comparison) -> str:
 
 
 def _demo(comparison: Comparison) -> str:
-    if all(arm.runs[0].final.get(names.OPTIMUM_AUC) is None and arm["dataset"] != "demo" for arm in comparison.arms):
+    if all(
+        arm.runs[0].final.get(names.OPTIMUM_AUC) is None and arm["dataset"] not in _GENERATED for arm in comparison.arms
+    ):
         return ""
-    return ": demo data, generated clicks that say nothing about real ones"
+    return f": {comparison.arms[0]['dataset']} data, generated clicks that say nothing about real ones"

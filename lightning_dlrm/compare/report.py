@@ -12,7 +12,7 @@ from lightning_dlrm.compare.anatomy import Anatomy
 from lightning_dlrm.compare.drawing import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.experiment import PlannedArm
 from lightning_dlrm.compare.ranking import answer, behind, distances, pair_of, ranked, with_spread
-from lightning_dlrm.compare.results import METRIC_TITLES, Comparison, span
+from lightning_dlrm.compare.results import METRIC_TITLES, STEADY, Comparison, span
 from lightning_dlrm.compare.runs import Arm, by_data, differing, format_value
 from lightning_dlrm.compare.statistics import Score
 from lightning_dlrm.contracts.terminal import aligned, emphasized, wrapped
@@ -31,6 +31,7 @@ def write_report(
     anatomies: Mapping[str, Anatomy],
     operator_notes: Sequence[str],
     path: Path,
+    operators: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
     """Write the report.
 
@@ -40,7 +41,9 @@ def write_report(
         anatomies: configuration -> its anatomy.
         operator_notes: reason for each configuration whose operators were not measured.
         path: HTML file.
+        operators: measured configuration -> kind of operator -> milliseconds of a step.
     """
+    alone = {arm: sum(kinds.values()) for arm, kinds in (operators or {}).items()}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     head, more = answer(comparison)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -53,12 +56,16 @@ def write_report(
         metric_titles=METRIC_TITLES,
         optimum=names.OPTIMUM_AUC,
         scores=_summary(comparison),
-        costs=_costs(comparison),
+        costs=_costs(comparison, anatomies, alone),
+        slower=_slower(comparison, anatomies, alone),
         pictures={name: [found for found in pictures if found.name == name] for name in names.COMPARISON_FIGURES},
         page_width=PAGE_WIDTH,
         operator_notes=operator_notes,
         parameters=_parameters(comparison.arms, anatomies),
-        settings=[["setting", *(arm.name for arm in comparison.arms)], *_differing(comparison.arms)],
+        settings=[
+            ["setting", *(arm.name for arm in comparison.arms)],
+            *([_short(key), *cells] for key, *cells in _differing(comparison.arms)),
+        ],
         runs=_runs(comparison),
     )
     path.write_text(text, encoding="utf-8")
@@ -92,22 +99,54 @@ def _summary(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def _costs(comparison: Comparison) -> list[list[str]]:
-    """Return time, memory and size of every configuration, a row each; the first row has the titles."""
+def _costs(comparison: Comparison, anatomies: Mapping[str, Anatomy], alone: Mapping[str, float]) -> list[list[str]]:
+    """Return time, memory and size of every configuration, a row each; the first row has the titles.
+
+    Args:
+        comparison: result of the comparison.
+        anatomies: configuration -> its anatomy.
+        alone: measured configuration -> milliseconds of a step outside training.
+    """
     times = {names.TRAINING_SECONDS: "training, s", names.SAMPLES_PER_SECOND: "samples/s"}
     titles = [f"{title}{'' if comparison.steady(name) else ' (not comparable)'}" for name, title in times.items()]
-    rows = [["configuration", *titles, "peak memory, GiB", "parameters", "FLOPs per sample, training"]]
+    steps = ["step in training, ms", "step alone, ms"] if alone else []
+    rows = [
+        ["configuration", *titles, *steps, "peak memory, GiB", "parameters", "training FLOPs per sample, dense parts"]
+    ]
     for arm in ranked(comparison):
         rows.append(
             [
                 arm.name,
                 *(_time(comparison, arm, name) for name in times),
+                *(_steps(comparison, anatomies, arm, alone) if alone else []),
                 f"{_median(arm, names.PEAK_MEMORY) / 2**30:.2f}",
                 f"{arm[names.PARAMETERS_TOTAL]:,}",
                 f"{arm[names.FLOPS_TRAINING]:,}" if arm[names.FLOPS_TRAINING] else "unknown",
             ]
         )
     return rows
+
+
+def _steps(comparison: Comparison, anatomies: Mapping[str, Anatomy], arm: Arm, alone: Mapping[str, float]) -> list[str]:
+    """Return the milliseconds of a step in a configuration's training, and alone."""
+    ends = dict.fromkeys(rounded(time) for time in _step_times(comparison, anatomies, arm))
+    return [" to ".join(ends), rounded(alone[arm.name]) if arm.name in alone else "-"]
+
+
+def _step_times(comparison: Comparison, anatomies: Mapping[str, Anatomy], arm: Arm) -> list[float]:
+    """Return the milliseconds of a step in a configuration's training: the median, or, if they vary, both ends."""
+    steady = comparison.steady(names.SAMPLES_PER_SECOND)
+    rates = [_median(arm, names.SAMPLES_PER_SECOND)] if steady else span(arm, names.SAMPLES_PER_SECOND)[::-1]
+    return [1e3 * anatomies[arm.name].batch_size / rate for rate in rates if rate]
+
+
+def _slower(comparison: Comparison, anatomies: Mapping[str, Anatomy], alone: Mapping[str, float]) -> list[str]:
+    """Return the configurations whose steps took more than 1.5 times as long in training as alone."""
+    return [
+        arm.name
+        for arm in ranked(comparison)
+        if arm.name in alone and max(_step_times(comparison, anatomies, arm), default=0.0) > STEADY * alone[arm.name]
+    ]
 
 
 def _titles(comparison: Comparison) -> dict[Score, str]:
@@ -128,7 +167,8 @@ def _median(arm: Arm, name: str) -> float:
 def _parameters(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy]) -> list[list[str]]:
     counted = {
         "all": names.PARAMETERS_TOTAL, "in tables": names.PARAMETERS_TABLES, "dense": names.PARAMETERS_DENSE,
-        "FLOPs per sample, forward": names.FLOPS_FORWARD, "FLOPs per sample, training": names.FLOPS_TRAINING,
+        "FLOPs per sample of the dense parts, forward": names.FLOPS_FORWARD,
+        "FLOPs per sample of the dense parts, training": names.FLOPS_TRAINING,
     }  # fmt: skip
     rows = [["part", *(arm.name for arm in arms)]]
     rows += [[title, *(f"{arm[name]:,}" for arm in arms)] for title, name in counted.items()]
@@ -140,10 +180,23 @@ def _parameters(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy]) -> list[l
 
 
 def _differing(arms: Sequence[Arm] | Sequence[PlannedArm]) -> list[list[str]]:
-    """Return the settings in which configurations differ: full key, then the value of each, as text."""
-    found = differing({arm.name: arm.settings for arm in arms}).items()
-    rows = [[key, *(format_value(values.get(arm.name)) for arm in arms)] for key, values in found]
-    return [row for row in rows if len(set(row[1:])) > 1]
+    """Return the settings in which configurations differ: full key, then the value of each, as text.
+
+    An argument of a class is left out if all configurations with such a class give it the same value.
+    """
+    rows = []
+    for key, values in differing({arm.name: arm.settings for arm in arms}).items():
+        owner = key.partition(".init_args.")[0] + ".class_path"
+        owners = {arm.settings.get(owner) for arm in arms if arm.name in values}
+        having = [arm for arm in arms if ".init_args." not in key or arm.settings.get(owner) in owners]
+        if len({format_value(values.get(arm.name)) for arm in having}) > 1:
+            rows.append([key, *(format_value(values.get(arm.name)) for arm in arms)])
+    return rows
+
+
+def _short(key: str) -> str:
+    """Return a setting's key as tables show it: table_optimizer.learning_rate."""
+    return key.removeprefix("model.").replace("init_args.", "").replace(".class_path", "")
 
 
 def _runs(comparison: Comparison) -> list[list[str]]:
@@ -238,12 +291,11 @@ def arms_table(arms: Sequence[PlannedArm], seeds: Sequence[int]) -> str:
         for arm, cell in zip(arms, cells, strict=True):
             by_value.setdefault(cell, []).append(arm.name)
         values = "; ".join(f"{value} in {', '.join(of)}" for value, of in by_value.items() if value != "-")
-        short = key.removeprefix("model.").replace("init_args.", "").replace(".class_path", "")
-        differ.append(f"  {short}: {values or 'none'}")
+        differ.append(f"  {_short(key)}: {values or 'none'}")
     return wrapped(
         [
             *aligned(rows),
-            "tables, dense, total: parameters; forward, training: FLOPs per sample",
+            "tables, dense, total: parameters; forward, training: FLOPs per sample of the dense parts",
             "samples: trained on in a run, in the same order for all arms of a seed",
             "",
             "what differs:",
@@ -265,7 +317,9 @@ def closing_words(comparison: Comparison, output: Path) -> str:
     for arm in ranked(comparison):
         values = (f"{np.mean(comparison.values(arm, name)):.5f}" for name in columns)
         speed = rounded(_median(arm, names.SAMPLES_PER_SECOND)) if steady else "-"
-        rows.append([arm.name, *values, speed, sparkline(_mean_course(arm, f"{names.VALIDATION}/auc"), SPARK_WIDTH)])
+        course = _mean_course(arm, f"{names.VALIDATION}/auc")
+        # One value is no course.
+        rows.append([arm.name, *values, speed, sparkline(course, SPARK_WIDTH) if len(course) > 1 else ""])
     seeds = ", ".join(dict.fromkeys(str(len(arm.runs)) for arm in comparison.arms))
     of = "one seed each" if comparison.one_seed else f"means over the seeds ({seeds})"
     head, more = answer(comparison)
@@ -277,7 +331,8 @@ def closing_words(comparison: Comparison, output: Path) -> str:
             more,
             "",
             *aligned(rows),
-            f"{of}, on the {comparison.split} split; validation: the course of the AUC",
+            f"{of}, on the {comparison.split} split"
+            + ("; validation: the course of the AUC" if any(row[-1] for row in rows[1:]) else ""),
             *([] if steady else ["samples/s are not comparable: seeds differ by a factor of more than 1.5"]),
             *filter(None, [comparison.groups_note]),
             "",

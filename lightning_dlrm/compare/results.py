@@ -233,9 +233,9 @@ class Comparison:
     def steady(self, name: str) -> bool:
         """Whether a time differs at most 1.5 times between the runs of each configuration.
 
-        If it differs more, other work slowed the machine down, and times say nothing about the configurations.
+        If it differs more, times say nothing about the configurations.
         """
-        return all(high <= _STEADY * low for low, high in (span(arm, name) for arm in self.arms))
+        return all(high <= STEADY * low for low, high in (span(arm, name) for arm in self.arms))
 
     @cached_property
     def reliability(self) -> dict[str, Reliability]:
@@ -299,7 +299,8 @@ class Comparison:
         return {"runs": runs, "arms": arms, "pairs": pairs, "adjustment": "holm"}
 
 
-_STEADY = 1.5
+STEADY = 1.5
+"""Largest ratio of two times that are compared."""
 
 
 def span(arm: Arm, name: str) -> tuple[float, float]:

@@ -41,9 +41,10 @@ def cause_of(error: BaseException) -> str:
 
 
 def shown_path(path: str | Path) -> str:
-    """Return a file's name if it is in the current folder, else its path."""
+    """Return a path within the current folder relative to it, and any other path as it is."""
     path = Path(path)
-    return path.name if path.resolve().parent == Path.cwd() else str(path)
+    absolute, here = path.resolve(), Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)
 
 
 def place_in_own_code(error: BaseException) -> str | None:

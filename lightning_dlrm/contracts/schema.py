@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from lightning_dlrm.contracts.documents import is_inner_path, is_name, parse_json, read_bounded
-from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.contracts.errors import UserError, listed, one_line, require
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = "dataset.json"
@@ -281,11 +281,8 @@ class DatasetSchema:
                 "'python -m lightning_dlrm preprocess', or one of demo data with 'python -m lightning_dlrm "
                 "generate demo'",
             )
-            require(
-                path.is_file(),
-                f"{folder} is not a dataset folder: it has no {SCHEMA_FILE} (an interrupted preprocessing leaves "
-                f"none); make it with 'python -m lightning_dlrm preprocess --output {folder}'",
-            )
+            if not path.is_file():
+                raise UserError(f"{folder} is not a dataset folder: it has no {SCHEMA_FILE}{_what_to_give(folder)}")
             text = read_bounded(path, "check the path and its permissions")
         except OSError as error:
             raise UserError(
@@ -343,6 +340,16 @@ class _Document(DatasetSchema):
 
     format_version: int
     fingerprints: Mapping[str, str]
+
+
+def _what_to_give(folder: Path) -> str:
+    """Return what to give in place of a folder without a schema: a dataset folder in it, or a new one."""
+    inside = sorted(str(one.parent) for one in (*folder.glob(f"*/{SCHEMA_FILE}"), *folder.glob(f"*/*/{SCHEMA_FILE}")))
+    if inside:
+        return f"; dataset folders in it: {listed(inside)}"
+    if any(folder.iterdir()):
+        return "; give a folder that preprocess or generate has finished"
+    return f"; make it with 'python -m lightning_dlrm preprocess --output {folder}'"
 
 
 def file_sha256(path: Path) -> str:

@@ -12,8 +12,11 @@ from typing import TextIO
 BOLD, RED = "1", "1;31"
 
 _COMMAND = re.compile(r"\b(?:python -m|wandb sync) ")
-_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*"|['"])+""")
-"""A word of a command, with what is quoted in it; a quote without its end is a character."""
+_WORD = re.compile(r"""(?:--[\w.-]+ (?=[^\s-]))?(?:[^\s'"]|'[^']*'|"[^"]*"|['"])+""")
+"""A word of a command, or an option and its value; a quote without its end is a character."""
+
+_ENTRY = re.compile(r" *\S+(?: \S+)* {2,}(?=\S)")
+"""The name of an entry, and the space before its explanation."""
 
 
 def has_colors(stream: TextIO) -> bool:
@@ -47,6 +50,21 @@ def wrapped(lines: Iterable[str], stream: TextIO | None = None) -> str:
     stream = stream or sys.stdout
     width = columns(stream) - 1 if stream.isatty() else 0
     return "\n".join(part for line in lines for part in _parts(line, width))
+
+
+def filled(text: str) -> str:
+    """Fill the paragraphs of a help text to ``help_width``.
+
+    An indented line begins an entry of a list, which goes on with the lines that are indented further. A line that ends
+    with a colon ends its paragraph. Commands go on after a backslash.
+    """
+    width = help_width()
+    return "\n".join(part for block in _blocks(text) for part in _filled(block, width))
+
+
+def help_width() -> int:
+    """Return the width of help texts: that of the terminal without two characters, as in argparse, but at most 98."""
+    return min(shutil.get_terminal_size().columns - 2, 98)
 
 
 def counted(number: int, noun: str) -> str:
@@ -90,6 +108,45 @@ def command_line(command: str, *arguments: str) -> str:
 def command_after(words: str, command: str) -> str:
     """Return a command on a line of its own below some words, as it fits the terminal."""
     return wrapped([words, f"  {command}"])
+
+
+def _blocks(text: str) -> list[list[str]]:
+    """Return the lines of each paragraph, entry and command of a help text; an empty line is a block of its own."""
+    blocks: list[list[str]] = []
+    for line in text.splitlines():
+        if blocks and line.strip() and _goes_on(blocks[-1], line):
+            blocks[-1].append(line)
+        else:
+            blocks.append([line])
+    return blocks
+
+
+def _goes_on(block: list[str], line: str) -> bool:
+    """Whether a line belongs to the block before it."""
+    last, indent = block[-1], _indent(block[0])
+    if last.endswith("\\"):
+        return True
+    if not last.strip() or last.endswith(":") or _COMMAND.match(block[0].lstrip()):
+        return False
+    return _indent(line) > indent or _indent(line) == indent == 0
+
+
+def _filled(block: list[str], width: int) -> list[str]:
+    indent = _indent(block[0])
+    words = " ".join([block[0].removesuffix("\\").rstrip(), *(line.strip(" \\") for line in block[1:])])
+    if len(words) <= width:
+        return [words]
+    if _COMMAND.match(words.lstrip()):
+        return _parts(words, width)
+    if len(block) > 1:
+        indent = _indent(block[1])
+    elif (entry := _ENTRY.match(words)) is not None:
+        indent = entry.end()
+    return textwrap.wrap(words, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _parts(line: str, width: int) -> list[str]:

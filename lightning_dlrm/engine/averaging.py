@@ -45,9 +45,9 @@ class Averaging:
     start_share: float = 0.0
 
     def __post_init__(self) -> None:
+        require(0 <= self.decay <= 1, f"averaging.decay is {self.decay}; expected 0 to 1")
         require(
-            0 <= self.decay <= 1 and 0 <= self.start_share < 1,
-            f"averaging: decay is {self.decay} and start_share {self.start_share}; expected 0 to 1, and 0 to below 1",
+            0 <= self.start_share < 1, f"averaging.start_share is {self.start_share}; expected 0, or a share below 1"
         )
 
 

@@ -16,7 +16,7 @@ from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dlrm.contracts.errors import require
-from lightning_dlrm.contracts.terminal import counted
+from lightning_dlrm.contracts.terminal import binary_size, counted
 from lightning_dlrm.engine.memory import batch_size_of, require_memory, table_loads
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.sharding.balance import make_plan
@@ -192,10 +192,10 @@ class EmbeddingShardedDDP(DDPStrategy):
                 plan = make_plan(loads, ranks.ranks, batch_size_of(module.trainer), self._memory, value_bytes)
             held = [cost.bytes for cost in rank_costs(plan, loads, batch_size=1)]
             log.info(
-                "tables: %s over %s; the largest share is %.3f GiB with optimizer state, %.2f x the mean%s",
+                "tables: %s on %s; the fullest rank holds %s with optimizer state, %.2f times the mean%s",
                 counted(len(plan.pieces), "piece"),
                 counted(ranks.ranks, "rank"),
-                max(held) / 2**30,
+                binary_size(max(held)),
                 imbalance(held),
                 f"; bags summed by the ranks of their rows: {', '.join(plan.pooled)}" if plan.pooled else "",
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.models.dcn import CrossKind, CrossNetwork, make_cross
 from lightning_dlrm.models.fields import LinearTerms
 from lightning_dlrm.models.layers import MLP, DotInteraction, ProjectionInteraction, initialize
@@ -146,8 +147,11 @@ def _check_bottom(features: Features, bottom_mlp: Sequence[int], embedding_dim: 
         return
     require(
         bottom_mlp and bottom_mlp[-1] == embedding_dim,
-        f"bottom_mlp ends in {bottom_mlp[-1] if bottom_mlp else 'nothing'} but embedding_dim is "
-        f"{embedding_dim}: the bottom MLP's output joins the tables' vectors, so make them equal",
+        f"bottom_mlp ends in {bottom_mlp[-1]} but embedding_dim is {embedding_dim}: the bottom MLP's output joins the "
+        "tables' vectors, so make them equal"
+        if bottom_mlp
+        else f"bottom_mlp is [], but this dataset has {counted(features.dense, 'dense column')}: end bottom_mlp in "
+        f"{embedding_dim}, the embedding_dim",
     )
 
 

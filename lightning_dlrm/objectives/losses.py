@@ -123,10 +123,8 @@ class FocalLoss(Loss):
         self, gamma: float = 2.0, alpha: float = 0.25, label_smoothing: float = 0.0, clamp: float = 0.0
     ) -> None:
         super().__init__(label_smoothing, clamp)
-        require(
-            0 <= gamma < math.inf and 0 < alpha < 1,
-            f"FocalLoss: gamma is {gamma} and alpha {alpha}; expected 0 or more, and between 0 and 1",
-        )
+        require(0 <= gamma < math.inf, f"FocalLoss: gamma is {gamma}; expected 0 or more")
+        require(0 < alpha < 1, f"FocalLoss: alpha is {alpha}; expected a number between 0 and 1")
         self.gamma = gamma
         self.alpha = alpha
 

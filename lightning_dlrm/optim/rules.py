@@ -203,10 +203,9 @@ class Adam(UpdateRule):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(learning_rate, l2, weight_decay)
-        require(
-            0 <= beta1 < 1 and 0 <= beta2 < 1 and epsilon >= 0,
-            f"Adam: beta1 is {beta1}, beta2 {beta2}, epsilon {epsilon}; expected 0 to below 1, and 0 or more",
-        )
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            require(0 <= beta < 1, f"Adam: {name} is {beta}; expected 0, or a number below 1")
+        require(epsilon >= 0, f"Adam: epsilon is {epsilon}; expected 0 or more")
         self.beta1 = beta1
         self.beta2 = beta2
         self.epsilon = epsilon

@@ -42,11 +42,9 @@ class QuotientRemainder:
             self.operation in ("mult", "add", "concat"),
             f"quotient_remainder.operation {self.operation!r} is not one of mult, add, concat",
         )
-        require(
-            self.collisions >= 1 and self.threshold >= 0,
-            f"quotient_remainder: collisions is {self.collisions} and threshold {self.threshold}; "
-            "expected at least 1, and 0 or more",
-        )
+        for name, least in (("collisions", 1), ("threshold", 0)):
+            value = getattr(self, name)
+            require(value >= least, f"quotient_remainder.{name} is {value}; expected {least} or more")
 
     def combine(self, quotient_BD: Tensor, remainder_BD: Tensor) -> Tensor:
         if self.operation == "mult":

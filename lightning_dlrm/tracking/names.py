@@ -78,7 +78,6 @@ COMPARISON_FIGURES = {
     "parameters": "parameters of tables and dense parts",
     "load": "load of each rank, where tables are sharded",
     "figure5": "accuracy while training",
-    "accuracy": "accuracy",
     "log_loss": "log loss",
 }
 """Name of a figure of a comparison -> its title."""

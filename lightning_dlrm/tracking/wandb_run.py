@@ -14,7 +14,7 @@ import wandb
 from pydantic import ValidationError
 from pytorch_lightning.loggers import WandbLogger
 
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, shown_path
 from lightning_dlrm.contracts.schema import SCHEMA_FILE
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import WANDB, RunFolder
@@ -135,7 +135,7 @@ def training_run_id(folder: RunFolder) -> str:
 
 def offline_folders(folder: RunFolder) -> str:
     """Return the pattern of the offline runs of a run folder, for ``wandb sync``."""
-    return str(folder.path / WANDB / "offline-run-*")
+    return shown_path(folder.path / WANDB / "offline-run-*")
 
 
 def run_address(loggers: Sequence[object], folder: RunFolder) -> str | None:

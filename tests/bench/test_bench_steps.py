@@ -23,6 +23,7 @@ from lightning_dlrm.bench.contenders import (
     draw_batch,
     plain_network,
 )
+from lightning_dlrm.bench.figures import draw_roofline
 from lightning_dlrm.bench.gpu import loss_targets, render_targets
 from lightning_dlrm.bench.measurement import times_as_fast
 from lightning_dlrm.bench.paper import OPERATORS
@@ -195,7 +196,21 @@ def test_the_papers_benchmark_draws_operators_and_roofline(tmp_path: Path, capsy
     assert {row["work"] for row in rows} == {"paper"} and set(rows[0]) >= FIELDS
     output = capsys.readouterr().out
     assert all(word in output for word in [*OPERATORS, *roofline.PARTS, "bound by", "FLOP/byte"])
+    tables = output[output.index("\n\n") :].partition("figures:")
+    assert max(map(len, [*tables[0].splitlines(), *tables[2].splitlines()[1:]])) <= 80
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("figure.png", "figure-roofline.png"))
+
+
+def test_a_roofline_says_why_a_part_is_above_its_line(tmp_path: Path) -> None:
+    """A part under the flat line is there because its peak was measured too low, and not because of caches."""
+    rates = roofline.MachineRates({"32-true": 1.65e9}, 8e9)
+    for flops, reason, other in ((100.0, "square product", "caches"), (0.1, "caches", "square product")):
+        cost = roofline.Cost(flops * 1e6, 1e6)
+        parts = {"top MLP": (cost, 0.9 * rates.floor(cost.flops, cost.bytes, "32-true"))}
+        draw_roofline({"32-true": parts | {"tables": (cost, 1.0)}}, rates, "cpu", "DLRM", tmp_path / "roofline.svg")
+        drawn = (tmp_path / "roofline.svg").read_text()
+        assert "8 GB/s, 1.65 GFLOP/s" in drawn and "top MLP 111%" in drawn
+        assert reason in drawn and other not in drawn
 
 
 def test_a_fit_is_timed_step_by_step(tmp_path: Path) -> None:

@@ -25,7 +25,10 @@ from sklearn.metrics import roc_auc_score
 from lightning_dlrm.__main__ import COMMANDS, main
 from lightning_dlrm.cli import version
 from lightning_dlrm.cli.short_help import SHORT_HELP
+from lightning_dlrm.cli.trainer_settings import _check_place
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
+from tests.caches import new_cache
 from tests.engine.test_finished import checksums
 from tests.engine.test_guards import wreck
 from tests.forked import ForkedPython
@@ -47,7 +50,7 @@ QUICK = ["--data.batch_size=256", "--trainer.log_every_n_steps=1", "--wandb.mode
 def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.chdir(tmp_path)
     # One cache for all tests: the demo data are made once.
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "cache"))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -136,8 +139,10 @@ def test_demo_fit_as_a_process_says_what_it_is() -> None:
     final = json.loads(Path("run/summary.json").read_text())["final"]
     assert f"best reachable {final['data/optimum_auc']:.4f}" in done.stdout
     told = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines()}
-    # The last validation is the best: one column.
-    assert told["AUC"][1:] == [f"{score:.6f}" for score in (final["validation/auc"], final["data/optimum_auc"])]
+    # The last validation is the best: one column; always predicting the click rate has AUC 0.5.
+    assert told["AUC"][1:] == [f"{score:.6f}" for score in (final["validation/auc"], 0.5, final["data/optimum_auc"])]
+    entropy = final["validation/log_loss"] / final["validation/normalized_entropy"]
+    assert told["log loss"][3] == f"{entropy:.6f}" and told["validation"][1:4] == ["last", "and", "best"]
     assert "\nvalidation at step 4: AUC" in done.stderr and "(highest AUC so far)" in done.stderr
     assert "\n\n" not in done.stderr and "DLRM on demo data, batch " in done.stderr
     assert told["parameters"][1] == f"{final['parameters/total']:,}" and told["run folder"][-1] == "run"
@@ -376,7 +381,10 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
             "error: seed_everything is -3; give a number from 0",
         ),
         (["fit", "--config", "dlrm.yaml", "--seed_everything", str(2**32)], "seed_everything is 4294967296; give"),
-        (["fit", "--config", "dlrm.yaml", "--trainer.max_steps", "many"], "trainer.max_steps: Expected int"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--trainer.max_steps", "many"],
+            "trainer.max_steps is many; expected a",
+        ),
         (["fit", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
         (["fit", "--config", "dlrm.yaml", "--data.path", "."], "is not a dataset folder: it has no dataset.json"),
         (["fit", "--config", "dlrm.yaml", "--data.batch_size", "0"], "batch_size is 0"),
@@ -396,7 +404,11 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["fit", "--config", "dlrm.yaml", "--trainer.precision", "16-mixed"], "use bf16-mixed"),
         (["fit", "--config", "dlrm.yaml", "--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val is -1"),
         (["fit", "--config", "dlrm.yaml", "--trainer.val_check_interval", "0.5"], "should be an integer"),
-        (["fit", "--config", "dlrm.yaml", "--trainer.accelerator", "abacus"], "abacus"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.accelerator", "abacus"], "abacus; expected auto, cpu or gpu"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.strategy", "embeding_sharded"], "mean embedding_sharded_ddp?"),
+        (["predict", "--ckpt_path", "runs/x/checkpoints/best"], "--config runs/x/config.yaml"),
+        (["preprocess", "--schema", "nosuch.yaml", "--input", "x", "--output", "y"], "shipped are datasets/avazu.yaml"),
+        (["fit", "--config", "dlrn.yaml"], "no configuration dlrn.yaml here; did you mean dlrm.yaml?"),
     ],
     ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
 )
@@ -417,15 +429,46 @@ def test_bench_gpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().err == missing
 
 
-def test_misspelt_keys_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
-    for text, meant in {
-        "trainer: {max_stepz: 3}": "trainer.max_steps",
-        "modle: {seed: 3}": "model",
-        "model: {network: {class_path: DLRM, init_args: {embeding_dim: 3}}}": "embedding_dim",
+def test_a_dataset_folder_in_the_given_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine/data").mkdir(parents=True)
+    Path("mine/data/dataset.json").touch()
+    Path("here").mkdir()
+    monkeypatch.chdir("here")
+    for place, said in {
+        "../mine": "error: ../mine is not a dataset folder: it has no dataset.json; dataset folders in it: ../mine",
+        ".": "it has no dataset.json; make it with 'python -m lightning_dlrm preprocess --output",
+        "..": "finished",
+    }.items():
+        Path("../mine/data/dataset.json").unlink() if place == ".." else None
+        assert main(["inspect", place]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_places_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    settings: dict[str, Any] = {"accelerator": "auto", "strategy": "auto", "devices": "auto"}
+    for devices in ("two", "-1", "0,1", [0, 1], "1.5", "0", 0, -1):
+        with pytest.raises(UserError, match=r"trainer.devices is .*; expected auto, or a number of ranks, 1 or more"):
+            _check_place(settings | {"devices": devices})
+    for accelerator in ("gpu", "cuda"):
+        with pytest.raises(UserError, match=f"is {accelerator}, but torch finds no CUDA device here; use cpu"):
+            _check_place(settings | {"accelerator": accelerator})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for devices in ("-1", "0,1", [0, 1], 2, "2", "auto"):
+        _check_place(settings | {"devices": devices})
+
+
+def test_faults_in_one_of_several_files(capsys: pytest.CaptureFixture[str]) -> None:
+    for text, said in {
+        "trainer: {max_stepz: 3}": "unknown key max_stepz; did you mean trainer.max_steps",
+        "modle: {seed: 3}": "unknown key modle.seed; did you mean model",
+        "model: {network: {class_path: DLRM, init_args: {embeding_dim: 3}}}": "did you mean embedding_dim",
+        "trainer: {max_steps: ten}": "trainer.max_steps is ten",
     }.items():
         Path("bad.yaml").write_text(text)
-        assert main(["fit", "--config", "dlrm.yaml", "--config", "bad.yaml"]) == 2
-        assert f"did you mean {meant}" in capsys.readouterr().err
+        assert main(["params", "--config", "dlrm.yaml", "--config", "bad.yaml"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: bad.yaml: ") and said in error
 
 
 @pytest.mark.parametrize(

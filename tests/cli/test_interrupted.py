@@ -22,6 +22,7 @@ from lightning_dlrm.cli import run as run_module
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.sharding import checkpoint
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
+from tests.caches import new_cache
 from tests.cli.test_cli import TINY_DEMO, losses, own_folders
 from tests.forked import ForkedPython
 from tests.ranks import start_ranks
@@ -52,7 +53,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fit that is not interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "cache"))
         assert main([*SHORT, "--run_dir", str(folder)]) == 0
     return folder
 

@@ -13,7 +13,7 @@ import pytest
 from tqdm import tqdm
 
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.contracts.terminal import RED, columns, emphasized, wrapped
+from lightning_dlrm.contracts.terminal import RED, columns, emphasized, filled, wrapped
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.progress import FIT_FORMAT, format_metrics, format_validation, metrics_width
 from lightning_dlrm.tracking import names
@@ -57,6 +57,45 @@ def test_commands_begin_a_line_and_keep_their_words(columns_80: None) -> None:
     # Words that are quoted stay words.
     shown = wrapped([f"python -m x {quoted} {'--option value ' * 8}"], Terminal())
     assert shlex.split(shown)[2:7] == ["x", "--run_dir", "it's here/run", "--x", 'a "b" c']
+
+
+def test_help_is_filled_to_the_terminal(columns_80: None) -> None:
+    command = f"python -m lightning_dlrm fit --config dlrm.yaml {'--data.path data ' * 5}".strip()
+    text = f"""\
+A paragraph whose lines are
+{"long " * 30}
+and end here.
+
+Entries:
+  name      {"words " * 20}
+  other one {"of " * 30}
+            which go on
+examples:
+  {command[:60]} \\
+      {command[60:]}
+"""
+    shown = filled(text).splitlines()
+    assert max(map(len, shown)) <= 78
+    assert shown[0].startswith("A paragraph whose lines are long long") and "and end here." in shown[2]
+    assert (
+        shown[4] == "Entries:" and shown[5].startswith("  name      words") and shown[6].startswith(f"{'': <12}words")
+    )
+    assert any(line.startswith(f"{'': <12}of") and line.endswith("which go on") for line in shown)
+    begin = shown.index("examples:") + 1
+    assert all(line.endswith(" \\") for line in shown[begin:-1])
+    assert " ".join(line.removesuffix("\\").strip() for line in shown[begin:]) == " ".join(command.split())
+    assert all(line.startswith("  python") or line.startswith("    --") for line in shown[begin:])
+    assert filled(filled(text)) == filled(text)
+
+
+@pytest.mark.parametrize("command", ["preprocess", "inspect", "compare", "generate tsv", "bench gpu", "dashboard"])
+def test_help_has_at_most_98_columns(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 98
 
 
 def test_the_width_is_that_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from lightning_dlrm.cli.trust import take_trust, trust_options
 from lightning_dlrm.compare.scores import predict_command
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
+from tests.caches import new_cache
 from tests.front_door.conftest import TINY
 
 OWN = """\
@@ -262,7 +263,7 @@ def test_every_command_that_reads_configurations_refuses(
 def test_an_interrupted_fit_prints_what_it_trusts(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "cache"))
     written(TINY + "wandb: {mode: disabled}\n")
     tiny = [
         "--config=dlrm.yaml",

@@ -22,6 +22,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from datamodules.criteo import Criteo
@@ -29,6 +30,7 @@ from datamodules.generate.demo import DemoSettings
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.cli.palette import OKABE_ITO
 from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.cli.report import published_notes
 from lightning_dlrm.compare import anatomy as anatomies
@@ -288,7 +290,7 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
     figures, narrow = (
         {path.stem for path in folder.glob("*.png")} for folder in (output / "figures", output / "figures/narrow")
     )
-    assert {"figure5", "auc", "log_loss", "accuracy", "calibration", "cost", "parameters", "operators"} <= figures
+    assert {"figure5", "auc", "log_loss", "calibration", "cost", "parameters", "operators"} <= figures
     # A phone has figures of its own width, and no table that is wider than it.
     assert narrow == figures and html.count("data:image/png;base64,") == 2 * len(figures)
     assert html.count("<source media=") == len(figures) and html.count('class="cards"') == html.count("<table") - 1
@@ -481,7 +483,7 @@ def test_other_data_are_refused_unless_forced(
         assert "is better than" not in text
     # One run's summary knows the planted model's score, the other's does not.
     assert html.count("is demo data: generated clicks") == 1 and f"{one} is demo data" in html and "0.8123" in html
-    assert len(titles) >= 9 and all("WARNING: different data" in title for title in titles.values()), titles
+    assert len(titles) >= 8 and all("WARNING: different data" in title for title in titles.values()), titles
     pairs = json.loads(Path("out/report.json").read_text())["pairs"]
     assert all("2 and 2 seeds" in pair["reason"] for pair in pairs), "other samples cannot be taken in pairs"
 
@@ -563,16 +565,21 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
     scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
     comparison = compare(arms_of(runs), scores, title="t", split="test")
     assert not comparison.steady(names.TRAINING_SECONDS) and comparison.steady(names.SAMPLES_PER_SECOND)
-    titles, *rows = report._costs(comparison)
+    found_parts = {arm.name: anatomy(arm.runs[0]) for arm in comparison.arms}
+    alone = {"DLRM": 1000.0, "DCN": 2000.0}
+    titles, *rows = report._costs(comparison, found_parts, alone)
+    # A step of 200 samples at 100 samples/s takes 2,000 ms.
+    assert [row[titles.index("step in training, ms")] for row in rows] == ["2,000"] * 2
+    assert report._slower(comparison, found_parts, alone) == ["DLRM"]
     found = {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
     title = "training, s (not comparable)"
     assert found["DLRM"][title] == "1.00 to 25.0" and found["DLRM"]["samples/s"] == "100"
     assert found["DCN"][title] == "1.00"
     drawn: dict[str, Figure] = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.stem: figure}))
-    draw_all(comparison, {arm.name: anatomy(arm.runs[0]) for arm in comparison.arms}, {}, Path("figures"))
+    draw_all(comparison, found_parts, {}, Path("figures"))
     labels = {name: [axes.get_xlabel() for axes in figure.axes] for name, figure in drawn.items()}
-    assert not any("second" in label for name in ("auc", "log_loss", "accuracy", "cost") for label in labels[name])
+    assert not any("second" in label for name in ("auc", "log_loss", "cost") for label in labels[name])
 
 
 def test_a_sharded_run_shows_what_each_rank_held() -> None:
@@ -587,7 +594,7 @@ def test_a_sharded_run_shows_what_each_rank_held() -> None:
     sharding = anatomy(read_run(path)).sharding
     assert sharding is not None and [cost.rank for cost in sharding.costs] == [0, 1]
     assert TINY["embedding_dim"] * sum(cost.rows for cost in sharding.costs) == dlrm.size.tables
-    assert sharding.batch_size == 200
+    assert anatomy(read_run(path)).batch_size == 200
     assert breakdown(arms_of([read_run(path)]), Path("operators.json")) == ({}, ["DLRM: its tables are on 2 ranks"])
 
 
@@ -644,19 +651,28 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
         (pair,) = pairs
         # Winner minus loser, with the better side in words: to the right for the AUC, to the left for the log loss.
         assert [label.get_text() for label in axes.get_yticklabels()] == ["DCN\nminus DLRM"]
-        assert (pair.interval.value > 0) == axes.get_xlabel().endswith("DCN is better →")
+        # Both halves begin at 0.
+        left, right = (text.get_text() for text in axes.texts)
+        assert (pair.interval.value > 0) == (right == "DCN better →") == (left == "← DLRM better")
+        assert {text.xy[0] for text in axes.texts} == {0}
     for axes in drawn["auc"].axes:
-        marks = [line for line in axes.lines if line.get_marker() != "None"]
-        assert len({line.get_markersize() for line in marks}) == len(marks) == 2
-        assert all(line.get_fillstyle() == "none" for line in marks)
+        # One validation a run: marks of one size beside each other, in the panel of the training samples.
+        marks = [line for line in axes.lines if line.get_fillstyle() == "none" and line.get_marker() not in ("", ".")]
+        assert len(marks) == 2 and len({line.get_markersize() for line in marks}) == 1
+        assert len({float(line.get_transform().transform((0, 0))[0]) for line in marks}) == 2
     # Equal tables are a sentence.
     (dense,) = ({bar.get_facecolor() for bar in axes.patches} for axes in drawn["parameters"].axes)
     (caption,) = (picture.caption for picture in pictures if picture.name == "parameters")
     assert "The tables are the same in all configurations: 26 with" in caption and len(dense) > 2
-    other = dataclasses.replace(anatomy(arms[1].runs[0]), tables={"C1": 7})
-    draw_all(comparison, {"DLRM": anatomy(arms[0].runs[0]), "DCN": other}, {}, Path("figures"))
-    tables, _ = ({bar.get_facecolor() for bar in axes.patches} for axes in drawn["parameters"].axes)
+    other = dataclasses.replace(anatomy(arms[0].runs[0]), tables={"C1": 7, "own": 10**6})
+    pictures = draw_all(comparison, {"DLRM": other, "DCN": anatomy(arms[1].runs[0])}, {}, Path("figures"))
+    above, _ = drawn["parameters"].axes
+    tables = {bar.get_facecolor() for bar in above.patches}
     assert len(tables) == 2 and not tables & dense
+    assert "the 10 largest of 27 tables" in {picture.name: picture.caption for picture in pictures}["parameters"]
+    # Configurations have the colours of the other figures, whatever their rank, and a lone bar is at its name.
+    (lone,) = (bar for bar in above.patches if bar.get_width() == 10**6)
+    assert lone.get_facecolor() == to_rgba(OKABE_ITO[0]) and lone.get_y() + lone.get_height() / 2 == 0
 
 
 def test_what_was_found_is_logged_beside_the_runs(
@@ -676,7 +692,7 @@ def test_what_was_found_is_logged_beside_the_runs(
     note_source(read_run(paths[1]), "test", Path("out/scores/dcn-1"))
     assert main(["compare", *map(str, paths), "--output", "out"]) == 0
     said = capsys.readouterr().out
-    assert "send it with: wandb sync out/wandb/offline-run-*\n" in said and "dashboard --project p --group g" in said
+    assert "send it with:\n  wandb sync out/wandb/offline-run-*\n" in said and "dashboard --project p --group g" in said
 
     (run,) = Path("out/wandb").glob("offline-run-*")
     records = read_back(run)
@@ -725,7 +741,7 @@ def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(comparing, "publish", refuse)
     said = comparing._to_wandb(page, settings, Path("out"))
-    assert "no workspace and no report (no extra); later: python -m" in said
+    assert "no workspace and no report (no extra); later:\n  python -m" in said
 
 
 def test_a_server_that_refuses_the_page_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -746,7 +762,7 @@ def test_a_server_that_refuses_the_page_is_told(monkeypatch: pytest.MonkeyPatch)
     page = ComparisonPage(figures={}, tables={}, files=[])
     settings = {"project": "p", "entity": None, "mode": "auto", "group": "g"}
     said = comparing._to_wandb(page, settings, Path("out"))
-    assert said.startswith("W&B: offline (permission denied); send it with: wandb sync out/wandb/offline-run-*\n")
+    assert said.startswith("W&B: offline (permission denied); send it with:\n  wandb sync out/wandb/offline-run-*\n")
     assert started == ["online", "offline"] and wandb.run is None
 
 

@@ -299,7 +299,7 @@ def test_ranks_with_more_samples_than_others_are_told(
         monkeypatch.setattr(Criteo, "_rank_and_world", (0, 2))
         caplog.clear()
         data.train_dataloader()
-        assert ("the busiest rank trains 2.00 times the mean" in caplog.text) == told, caplog.text
+        assert ("the busiest rank trains on 2.00 times the mean" in caplog.text) == told, caplog.text
 
 
 def test_short_names_of_the_package() -> None:

@@ -242,7 +242,7 @@ def as_csv(rows: Sequence[Row], separator: str = ",") -> str:
     return out.getvalue()
 
 
-@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(rows=st.lists(rows, min_size=8, max_size=40), document=documents(), piece=st.sampled_from([40, 150, 10**6]))
 def test_a_dataset_is_what_the_schema_says(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Row], document: dict[str, Any], piece: int
@@ -434,6 +434,10 @@ def with_line(index: int, line: str) -> bytes:
 MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of(LINES, "click,u,pp,t"), {}, r"has no column 'p', which the schema names \(columns: p\); .*did you mean pp"),
     (log_of(LINES, "click,u,u,t"), {}, "'u' occurs twice in the header; rename"),
+    (log_of(LINES, "0,u1,1,2024-01-01"), {}, r"has no column 'click'.*looks like values \('0', 'u1', .*names: \[...\]"),
+    (log_of(LINES, "0,,,5"), {}, r"'' occurs twice in the header; its first line looks like values"),
+    (log_of(LINES), {"columns": {**FEW["columns"], "t": {"role": "keep", "time": "unix"}}},
+     r"t is '2024-.*expected seconds since 1970 \(time: unix\); set time to iso"),
     (log_of(LINES), {"separator": ";"}, r"header is one field, 'click,u,p,t': is the separator ','"),
     (with_line(5, "1,u1,5,2024-01-01,9"), {}, "line 7: 5 fields, expected 4 between ','"),
     (with_line(5, "\n\n1,u1"), {}, "line 9: 2 fields, expected 4"),
@@ -730,7 +734,7 @@ def test_many_bad_rows_take_as_long_as_few(tmp_path: Path, name: str, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["log.csv", "log.jsonl"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     edits=st.lists(
         st.tuples(st.integers(0, 400), st.binary(max_size=3) | st.sampled_from([b'"', b",", b"\n", b"\r\n", b"\xff"])),

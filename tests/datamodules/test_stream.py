@@ -108,7 +108,7 @@ def splits(draw: st.DrawFn) -> list[list[int]]:
     return [groups[i : i + per_file] for i in range(0, len(groups), per_file)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     splits(),
     st.integers(1, 150),
@@ -134,7 +134,7 @@ def test_each_row_once_and_every_world_size_serves_the_same_batches(
             assert np.array_equal(np.concatenate(slices), whole[k])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(splits(), st.integers(1, 150), st.integers(1, 9))
 def test_in_evaluation_each_rank_serves_a_range_of_its_own_in_equally_many_batches(
     files: list[list[int]], batch_size: int, world: int
@@ -147,7 +147,7 @@ def test_in_evaluation_each_rank_serves_a_range_of_its_own_in_equally_many_batch
         assert max(map(len, mine)) <= -(-batch_size // world) + 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=50).filter(sum))
 def test_lanes_are_served_by_their_keys(sizes: list[int]) -> None:
     """Against the plain version: sort all rows by (key, lane) and count."""
@@ -208,7 +208,7 @@ def test_a_permutation_puts_every_row_everywhere_equally_often() -> None:
     assert abs(counts - 1000).max() < 150
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_a_bijection_takes_each_number_once_wherever_it_starts(n: int, key: int) -> None:
     whole = bijection(np.arange(n), n, key)

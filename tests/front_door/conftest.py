@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.caches import new_cache
 from tests.forked import ForkedPython
 
 REPOSITORY = Path(__file__).parents[2]
@@ -147,7 +148,7 @@ def shell_environment(installed: Path, tmp_path_factory: pytest.TempPathFactory)
     kept = {name: value for name, value in os.environ.items() if name not in unset}
     return kept | {
         "PYTHONPATH": str(installed),
-        "LIGHTNING_DLRM_CACHE": str(tmp_path_factory.getbasetemp() / "cache"),
+        "LIGHTNING_DLRM_CACHE": new_cache(tmp_path_factory.getbasetemp() / "cache"),
         "NETRC": str(home / "netrc"),
         "OMP_NUM_THREADS": "1",
     }

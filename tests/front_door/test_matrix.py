@@ -11,13 +11,14 @@ import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from tests.forked import INTERPRETER, WHOLE_END, interpreter
 from tests.front_door.conftest import TINY, Finished, Shell, asked_for
 
 RANKS = (1, 2)
@@ -84,9 +85,15 @@ def outcomes(shell: Shell, request: pytest.FixtureRequest) -> Iterator[dict[Cell
     Path(shell.folder, "tiny.yaml").write_text(TINY)
     Path(shell.folder, "own.py").write_text(OWN)
     asked = asked_for(request, "cell")
+    # Two ranks, with their threads and sockets, free all their objects at their end.
+    forked = replace(shell, environment=shell.environment | {INTERPRETER: interpreter()})
+    shells = {1: forked, 2: replace(forked, environment=forked.environment | {WHOLE_END: "1"})}
     with ThreadPoolExecutor(2) as pool:
-        fits = {precision: pool.submit(fit_whole, shell, precision) for precision in {c.precision for c in asked}}
-        yield {cell: pool.submit(check, shell, cell, fits[cell.precision]) for cell in asked}
+        fits = {
+            precision: pool.submit(fit_whole, shells[FITS[precision].ranks], precision)
+            for precision in {cell.precision for cell in asked}
+        }
+        yield {cell: pool.submit(check, shells[cell.ranks], cell, fits[cell.precision]) for cell in asked}
         pool.shutdown(cancel_futures=True)
 
 

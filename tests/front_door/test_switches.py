@@ -19,6 +19,7 @@ from lightning_dlrm.cli import trainer_settings
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.models.layers import MLP
 from lightning_dlrm.objectives.losses import LogLoss
+from tests.caches import new_cache
 from tests.front_door.conftest import TINY
 
 BATCHES = 32
@@ -96,7 +97,7 @@ class Intervene(pl.Callback):
 @pytest.fixture(autouse=True)
 def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "cache"))
     Path("tiny.yaml").write_text(TINY + "wandb: {mode: disabled}\n")
     Spy.batches, Spy.validations, Spy.evaluated, Spy.modes = [], [], 0, set()
 
@@ -248,7 +249,7 @@ def test_runs_that_are_kept_say_how_to_send_them(trained: list[str], caplog: pyt
     fit("--wandb.mode=offline", f"--trainer.callbacks+={__name__}.Refuse", to="failed", code=2)
     assert not Path("failed").exists() and "wandb sync" not in caplog.text
     run("validate", *trained, "--wandb.mode=offline")
-    assert f"W&B: offline; send it with: wandb sync {Path('run').resolve()}/wandb/offline-run-*" in caplog.text
+    assert "W&B: offline; send it with: wandb sync run/wandb/offline-run-*" in caplog.text
 
 
 def test_evaluations_say_what_they_found_once_and_keep_earlier_predictions(
@@ -257,14 +258,19 @@ def test_evaluations_say_what_they_found_once_and_keep_earlier_predictions(
     for command, split in (("validate", "validation"), ("test", "test")):
         capsys.readouterr()
         run(command, *trained)
-        assert capsys.readouterr().out.count(f"{split}/auc") == 1
+        out = capsys.readouterr().out
+        assert re.search(
+            rf"^{split} +score +click rate alone +best reachable\nAUC +0\.\d+ +0\.500000 ", out, re.MULTILINE
+        )
+        assert out.endswith(f"\nkept in run/{command}.json\n")
     run("predict", *trained)
     predictions = Path("run/predictions.parquet").resolve()
     rows, first = pq.read_metadata(predictions).num_rows, predictions.read_bytes()
-    assert f"{predictions} has the probabilities of {rows:,} rows" in caplog.text
+    assert f"run/predictions.parquet has the probabilities of {rows:,} rows" in caplog.text
     run("predict", *trained, "--data.predict_split=validation")
     (aside,) = (path for path in predictions.parent.glob("predictions-*"))
-    assert aside.read_bytes() == first and f"the previous {predictions} is kept as {aside}" in caplog.text
+    assert aside.read_bytes() == first
+    assert f"the previous run/predictions.parquet is kept as run/{aside.name}" in caplog.text
     second, before = predictions.read_bytes(), sorted(Path("run").iterdir())
     spoil = f"--trainer.callbacks+={__name__}.Spoil"
     capsys.readouterr()

@@ -39,7 +39,7 @@ def plain_group_auc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) 
         max_size=60,
     )
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_auc_by_group_with_ties(rows: list[tuple[float, bool, int]]) -> None:
     scores, labels, groups = (np.array(values) for values in zip(*rows, strict=True))
     # Numbers of text are hashes, and missing values are in no group.
@@ -62,7 +62,7 @@ def test_auc_by_group_of_one_group_is_the_auc_and_of_nan_scores_none() -> None:
         lambda pairs: len({label for _, label in pairs}) == 2
     )
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_auc_with_ties(pairs: list[tuple[int, bool]]) -> None:
     scores = torch.tensor([float(s) for s, _ in pairs])
     labels = torch.tensor([int(y) for _, y in pairs])

@@ -2,9 +2,8 @@
 order; launched by torchrun or by Lightning itself."""
 
 import json
+import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +19,17 @@ from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.predictions import SCHEMA, PredictionWriter, merge_by_row
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tracking.run_folder import RunFolder
+from tests.caches import new_cache
+from tests.forked import ForkedPython
 from tests.ranks import ROOT, run_ranks, start_ranks
 from tests.toy import ToyData, toy_module
 
 pytestmark = pytest.mark.dist
 
-# 40,001 rows: over several row groups, and divisible by neither the ranks nor the batch size.
+# 17,003 rows: over two row groups, and divisible by neither the ranks nor the batch size.
 _FIT = [
     *["fit", "--config", "dlrm.yaml", "--config", "small.yaml", "--wandb.mode=disabled"],
-    *["--data.demo.train_rows=40000", "--data.demo.validation_rows=40001", "--data.demo.test_rows=3000"],
+    *["--data.demo.train_rows=16000", "--data.demo.validation_rows=17003", "--data.demo.test_rows=3000"],
     *["--data.demo.max_table_rows=1000", "--trainer.enable_progress_bar=false"],
 ]
 
@@ -38,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a checkpoint, and one process's scores of it."""
     path = tmp_path_factory.mktemp("ranks") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIGHTNING_DLRM_CACHE", str(path.parent / "cache"))
+        patch.setenv("LIGHTNING_DLRM_CACHE", new_cache(path.parent / "cache"))
         assert main([*_FIT, "--run_dir", str(path)]) == 0
         assert main(["validate", *_again(path)]) == 0
         (path / "validate.json").rename(path / "alone.json")
@@ -66,7 +67,7 @@ def test_predictions_are_those_of_one_process(run: Path, monkeypatch: pytest.Mon
     arguments = ["-m", "lightning_dlrm", "predict", *_again(run), "--trainer.devices=3", "--data.predict_split=all"]
     run_ranks(arguments, 3)
     found, alone = (pq.read_table(run / name) for name in ("predictions.parquet", "alone.parquet"))
-    assert found["row"].equals(alone["row"]) and len(found) == 40_000 + 40_001 + 3000
+    assert found["row"].equals(alone["row"]) and len(found) == 16_000 + 17_003 + 3000
     difference = np.abs(found["probability"].to_numpy() - alone["probability"].to_numpy())
     assert difference.max() < 1e-6
     assert not list(run.glob("predictions.parquet.partial*"))
@@ -156,8 +157,8 @@ def test_a_rank_that_dies_ends_the_others(run: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # One row a batch: long enough to be killed in the midst.
     arguments = ["predict", *_again(run), "--trainer.devices=2", "--data.evaluation_batch_size=2"]
-    command = [sys.executable, "-m", "lightning_dlrm", *arguments, "--data.predict_split=all"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=run) as first:
+    first = ForkedPython(["-m", "lightning_dlrm", *arguments, "--data.predict_split=all"], os.environ, run)
+    try:
         second = run / "predictions.parquet.partial-1"
         deadline = time.monotonic() + 60
         while not second.exists() and time.monotonic() < deadline:
@@ -165,7 +166,9 @@ def test_a_rank_that_dies_ends_the_others(run: Path, monkeypatch: pytest.MonkeyP
         # The first rank may have other, short-lived children at that moment.
         (other_rank,) = [child for child in psutil.Process(first.pid).children() if _local_rank(child) == "1"]
         other_rank.kill()
-        _, told = first.communicate(timeout=60)
+        told, _ = first.communicate(timeout=60)
+    finally:
+        first.kill()
     # The launcher or the other rank is the first to see it.
     assert first.returncode != 0 and ("terminated with code -9" in told or "another rank has ended" in told)
     for partial in run.glob("predictions.parquet.partial*"):

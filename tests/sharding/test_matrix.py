@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_ranks, skip_flushes
+from tests.ranks import run_ranks
 from tests.sharded_fits import on_ranks
 
 FIT = "--config small.yaml --data.demo.train_rows=3000 --data.demo.validation_rows=901 --data.demo.test_rows=100"
@@ -81,6 +81,5 @@ def test_a_run_on_several_ranks_is_that_of_one(folder: Path, case: str, ranks: i
 
 if __name__ == "__main__":
     os.environ["LIGHTNING_DLRM_CACHE"] = sys.argv[1] + "/cache"
-    skip_flushes()
     for world in (1, 2, 3, 4):
         on_ranks(world, lambda rank: run_cases(Path(sys.argv[1]), world))  # noqa: B023 (called at once)

@@ -101,7 +101,7 @@ def test_planning_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.integers(1, 5000), min_size=1, max_size=8),
     ranks=st.integers(1, 12),

@@ -54,7 +54,7 @@ def cut(sizes: list[int], pooled: list[int], seed: int) -> Plan:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     samples=st.integers(0, 5),

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,6 +28,8 @@ from lightning_dlrm.sharding.placement import ShardedPlacement
 from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.tables.lookup import EmbeddingTables, placed_by
 from lightning_dlrm.tables.table import Table, TablePiece
+from tests.caches import new_cache
+from tests.forked import INTERPRETER, NETWORK, ForkedPython, interpreter
 from tests.ranks import ROOT, run_ranks, start_ranks
 from tests.sharded_fits import (
     BF16,
@@ -195,7 +196,7 @@ def test_bf16_in_the_matrix_products_and_on_the_wire(folder: Path) -> None:
 
 FIT = [
     *["fit", "--config", "dlrm.yaml", "--config", "small.yaml", "--wandb.mode=disabled", "--data.batch_size=256"],
-    *["--data.demo.train_rows=8192", "--data.demo.validation_rows=2048", "--data.demo.test_rows=1024"],
+    *["--data.demo.train_rows=4096", "--data.demo.validation_rows=2048", "--data.demo.test_rows=1024"],
     *["--data.demo.max_table_rows=1000", "--trainer.precision=64-true", "--trainer.log_every_n_steps=1"],
     *["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"],
 ]
@@ -210,7 +211,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fit of one process, beside the cache with its data."""
     top = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIGHTNING_DLRM_CACHE", str(top / "cache"))
+        patch.setenv("LIGHTNING_DLRM_CACHE", new_cache(top / "cache"))
         assert main([*FIT, "--run_dir", str(top / "run")]) == 0
     return top / "run"
 
@@ -227,8 +228,8 @@ def assert_same_metrics(run_folder: Path, alone: Path) -> None:
 
 
 @pytest.fixture
-def two_hosts() -> Iterator[list[list[str]]]:
-    """What to put before a command to run it on either of two network namespaces, joined by a veth pair."""
+def two_hosts() -> Iterator[list[str]]:
+    """Two network namespaces, joined by a veth pair."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the command ip")
     names = [f"lightning-dlrm-{os.getpid()}-{host}" for host in (1, 2)]
@@ -242,33 +243,31 @@ def two_hosts() -> Iterator[list[list[str]]]:
             commands += [f"-n {name} link set lo up"]
         for command in commands:
             subprocess.run(["ip", *command.split()], check=True)
-        yield [["ip", "netns", "exec", name] for name in names]
+        yield names
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False)
 
 
 @pytest.mark.usefixtures("same_data")
-def test_two_hosts_find_the_same(tmp_path: Path, alone: Path, two_hosts: list[list[str]]) -> None:
+def test_two_hosts_find_the_same(tmp_path: Path, alone: Path, two_hosts: list[str]) -> None:
     """torchrun on either host, with its own rendezvous."""
     fit = [*FIT, "--run_dir", str(tmp_path / "run"), *sharded(1), "--trainer.num_nodes=2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    environment = {"GLOO_SOCKET_IFNAME": "veth0", "OMP_NUM_THREADS": "1", INTERPRETER: interpreter()}
     hosts = [
-        subprocess.Popen(
+        ForkedPython(
             [
-                *enter,
                 *torchrun,
                 *["--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29511", f"--local-addr=10.77.0.{host}"],
                 # Both have the machine's name, which does not tell torchrun whose address the endpoint is.
                 f"--rdzv-conf=is_host={int(host == 1)}",
                 *["-m", "lightning_dlrm", *fit],
             ],
-            env=os.environ | {"GLOO_SOCKET_IFNAME": "veth0", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            os.environ | environment | {NETWORK: name},
+            ROOT,
         )
-        for host, enter in enumerate(two_hosts, start=1)
+        for host, name in enumerate(two_hosts, start=1)
     ]
     said = [host.communicate(timeout=300)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], said

@@ -55,7 +55,7 @@ samples = st.lists(st.tuples(*(bag(rows) for rows in TABLES.values())).map(list)
 
 
 @given(bags=samples, weighted=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_multi_hot_lookup_equals_loops(bags: list, weighted: bool) -> None:
     if not weighted:
         bags = [[[(row, 1.0) for row, _ in one] for one in sample] for sample in bags]
