@@ -1,5 +1,7 @@
 """What has to be settled before any test imports anything, and the order of the test files."""
 
+import atexit
+import gc
 import os
 
 # Test processes share the cores: a thread that waits must not spin. OpenMP reads this when torch is imported.
@@ -15,6 +17,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         # This process starts those that run the tests.
         return
+    # Looking for garbage among a million new objects takes a tenth of the collection.
+    gc.disable()
     import torch
 
     if not torch.cuda.is_available():
@@ -35,3 +39,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    # Triton reports objects that are left at the end of the interpreter.
+    atexit.register(gc.unfreeze)
+    gc.enable()

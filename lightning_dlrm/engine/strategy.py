@@ -163,6 +163,7 @@ class EmbeddingShardedDDP(DDPStrategy):
         figures = {
             names.EXCHANGE_MS: 1000 * float(max(seconds)[0]) / steps,
             names.SENT_BYTES: float(sent.max()) / steps,
+            names.SENT_MIB: float(sent.max()) / steps / 2**20,
             names.WORK_IMBALANCE: imbalance(asked.tolist()),
         }
         for name, table in tables.items():

@@ -40,6 +40,8 @@ ROWS_PER_RANK = "parallel/rows_per_rank"
 BYTES_PER_RANK = "parallel/bytes_per_rank"
 EXCHANGE_MS = "parallel/exchange_ms_per_step"
 SENT_BYTES = "parallel/sent_bytes_per_step"
+SENT_MIB = "parallel/sent_mib_per_step"
+"""``SENT_BYTES`` in MiB, because panels of W&B cannot convert."""
 WORK_IMBALANCE = "parallel/work_imbalance"
 TABLES = "parallel/tables"
 """Prefix of metrics by table: its largest share on a rank, and the requests and bytes of all ranks in a step."""
@@ -70,18 +72,26 @@ STEP = "step"
 
 COMPARISON_FIGURES = {
     "differences": "differences",
-    "auc": "AUC",
+    "auc": "AUC while training",
     "results": "results of every seed",
     "calibration": "calibration",
     "cost": "time and memory",
-    "operators": "where the time of a step goes, by kind of operator",
-    "parameters": "parameters of tables and dense parts",
-    "load": "load of each rank, where tables are sharded",
+    "operators": "time of a step by operator",
+    "parameters": "parameters",
+    "load": "load of each rank",
     "figure5": "accuracy while training",
-    "log_loss": "log loss",
+    "log_loss": "log loss while training",
 }
-"""Name of a figure of a comparison -> its title."""
-COMPARISON_TABLES = ("verdicts", "parameters", "operators", "load")
+"""Name of a figure of a comparison -> its title, as in the report of ``compare``."""
+COMPARISON_TABLES = {
+    "verdicts": "every difference in words and numbers",
+    "parameters": "parameters of each part",
+    "operators": "time of a step by operator, in numbers",
+    "load": "load of each rank, in numbers",
+}
+"""Name of a table of a comparison -> its title."""
+LOAD = "load"
+"""The figure and the table of a comparison that exist only if tables are sharded."""
 
 
 def title_of(metric: str) -> str:

@@ -1,5 +1,6 @@
 """Panels of the W&B workspace and report; needs the extra ``dashboards``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
 
 _SAMPLES, _TIME = names.SAMPLES, "RelativeTime(Process)"
+_SHARES = (
+    names.FORWARD_SHARE, names.BACKWARD_SHARE, names.UPDATE_SHARE, names.LIGHTNING_SHARE, names.DATA_WAIT_SHARE
+)  # fmt: skip
 _UNITS = {"log_loss": "nats per sample", "calibration": "predicted clicks / clicks"}
 
 _WORDS = {
@@ -27,7 +31,7 @@ _WORDS = {
     "system": "CPU and memory that the runs use.",
     "GPUs": "GPU time and memory that the runs use. Logged by runs on GPUs only.",
     "parallel": "What ranks exchange, and how evenly tables and work are spread over them. Logged by runs "
-    "on several ranks only.",
+    "on several ranks only, and the load of each rank by comparisons of runs whose tables are sharded.",
 }
 """Section -> a sentence on what it shows."""
 
@@ -95,7 +99,12 @@ def _filters(dashboard: Dashboard) -> Any:
 
 def panels_of(dashboard: Dashboard) -> dict[str, list[Any]]:
     """Return the panels of each section; if asked for, lines and bars are means and ranges of runs with equal tags."""
-    sections = _panels() if not dashboard.comparison else {"comparison": _comparison_panels(), **_panels()}
+    sections = _panels()
+    if dashboard.comparison:
+        shown = [name for name in names.COMPARISON_FIGURES if name != names.LOAD]
+        tables = [name for name in names.COMPARISON_TABLES if name != names.LOAD]
+        sections = {"comparison": _comparison_panels(shown, tables), **sections}
+        sections["parallel"] += _comparison_panels([names.LOAD], [names.LOAD])
     if dashboard.by_tag:
         for panel in (panel for panels in sections.values() for panel in panels):
             if isinstance(panel, (wr.LinePlot, wr.BarPlot)):
@@ -125,13 +134,14 @@ def _panels() -> dict[str, list[Any]]:
         "speed": [
             _lines("speed", names.SAMPLES_PER_SECOND, title_y="samples/s"),
             _lines("share of the time waiting for data", names.DATA_WAIT_SHARE, range_y=(0.0, None)),
+            _lines("shares of the training time", *_SHARES, range_y=(0.0, 1.0)),
             _lines("validation AUC over time", f"{names.VALIDATION}/auc", x=_TIME, title_y="AUC"),
             _bars("time of training", names.TRAINING_SECONDS, "s"),
             _bars("peak memory", names.in_gib(names.PEAK_MEMORY), "GiB"),
         ],
         "system": [
             _lines("use of all CPU cores", "system/cpu", x=_TIME, title_y="%"),
-            _lines("memory of the process", "system/proc.memory.rssMB", x=_TIME, title_y="MB"),
+            _lines("memory of the process", "system/proc.memory.rssMB", x=_TIME, title_y="MiB"),
         ],
         "GPUs": [
             _bars("peak GPU memory", names.in_gib(names.PEAK_DEVICE_MEMORY), "GiB"),
@@ -140,24 +150,21 @@ def _panels() -> dict[str, list[Any]]:
         ],
         "parallel": [
             _lines("exchanges of a step", names.EXCHANGE_MS, title_y="ms"),
-            _lines("sent in a step", names.SENT_BYTES, title_y="bytes"),
-            _lines("work of the busiest rank / mean", names.WORK_IMBALANCE),
+            _lines("sent in a step by the busiest rank", names.SENT_MIB, title_y="MiB"),
+            _lines("rows requested from the busiest rank / mean", names.WORK_IMBALANCE),
             _bars("table rows of the fullest rank", names.ROWS_PER_RANK, "rows"),
             _bars("tables and their state on the fullest rank", names.in_gib(names.BYTES_PER_RANK), "GiB"),
         ],
     }
 
 
-def _comparison_panels() -> list[Any]:
-    """Return the panels of the run that ``compare`` logs."""
+def _comparison_panels(figures: Sequence[str], tables: Sequence[str]) -> list[Any]:
+    """Return panels of figures and tables of the run that ``compare`` logs."""
     layout = wr.Layout(w=12, h=12)
-    figures = {names.comparison_figure(name): title for name, title in names.COMPARISON_FIGURES.items()}
+    keys = {names.comparison_figure(name): names.COMPARISON_FIGURES[name] for name in figures}
     return [
-        *(wr.MediaBrowser(title=figures[key], num_columns=1, media_keys=[key], layout=layout) for key in figures),
-        *(
-            wr.WeavePanelSummaryTable(table_name=names.comparison_table(name), layout=layout)
-            for name in names.COMPARISON_TABLES
-        ),
+        *(wr.MediaBrowser(title=title, num_columns=1, media_keys=[key], layout=layout) for key, title in keys.items()),
+        *(wr.WeavePanelSummaryTable(table_name=names.comparison_table(name), layout=layout) for name in tables),
     ]
 
 
@@ -207,7 +214,9 @@ def _curve(name: str, chart: str, fields: dict[str, str]) -> Any:
         query={"id": {}, "name": {}, "summaryTable": {"tableKey": f"Custom Chart Tables/{key}_table"}},
         chart_name=chart,
         chart_fields=fields,
-        chart_strings={"title": key.replace("_", " ").replace("/", ": ")},
+        chart_strings={
+            "title": f"{names.VALIDATION}: {name.replace('_', ' and ' if name == names.PRECISION_RECALL else ' ')}"
+        },
     )
 
 
@@ -232,7 +241,8 @@ def write_page(dashboard: Dashboard, path: Path) -> None:
 def _describe(panel: Any) -> tuple[str, str]:
     """Return the title of a panel, and its axes and metrics in words."""
     if isinstance(panel, wr.WeavePanelSummaryTable):
-        return panel.table_name, "table"
+        titles = {names.comparison_table(name): title for name, title in names.COMPARISON_TABLES.items()}
+        return titles[panel.table_name], "table"
     if isinstance(panel, wr.MediaBrowser):
         return panel.title or "", "figure"
     if isinstance(panel, wr.CustomChart):
@@ -241,7 +251,9 @@ def _describe(panel: Any) -> tuple[str, str]:
         return panel.title or "", "a point for each run"
     drawn = panel.y if isinstance(panel, wr.LinePlot) else panel.metrics
     metrics = [str(getattr(metric, "name", metric)) for metric in drawn]
-    metrics += filter(None, [getattr(panel, "metric_regex", None)])
+    if pattern := getattr(panel, "metric_regex", None):
+        # In words: N for any number, NAME for any name.
+        metrics.append(pattern.replace(r"\d+", "N").replace(".*", "NAME").replace("\\", ""))
     axes = " against ".join(filter(None, [panel.title_y, panel.title_x]))
     mean = "; mean and range of the runs with equal tags" if panel.groupby else ""
     return panel.title or "", f"{', '.join(metrics)}{f' ({axes})' if axes else ''}{mean}"
