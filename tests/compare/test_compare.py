@@ -363,7 +363,8 @@ def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
     assert lines[at + 2].endswith("  better") and max(map(len, lines[at : at + 9])) < 80
 
 
-def test_auc_by_group_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
+def test_auc_by_group_is_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(DOT))
     users = np.random.default_rng(0).integers(0, 60, 400)
     columns = (
         Column(name="label", role="label"),
