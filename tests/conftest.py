@@ -19,14 +19,15 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     # Looking for garbage among a million new objects takes a tenth of the collection.
     gc.disable()
-    # Before scikit-learn, after which typing gives Lightning's Optional[Union[int, float]] the order float, int, so
-    # that the command line would read a limit of 1 as 1.0.
-    import pytorch_lightning  # noqa: F401
     import torch
 
     if not torch.cuda.is_available():
-        # Triton looks at this when it is first imported: its kernels then run on the CPU, for tests of fused kernels.
+        # Triton looks at this when it is first imported, which Lightning does: its kernels then run on the CPU, for
+        # tests of the fused kernels.
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Before scikit-learn, after which typing gives Lightning's Optional[Union[int, float]] the order float, int, so
+    # that the command line would read a limit of 1 as 1.0.
+    import pytorch_lightning  # noqa: F401
 
 
 LONGEST = ("tests/front_door", "tests/sharding", "tests/test_notebooks", "tests/cli")
