@@ -242,6 +242,7 @@ class LogSchema:
                 raise UserError(
                     f"{where} has no column {name!r}, which the schema names ({key})"
                     f"{no_header(names) or nearest_first(name, names, 'its columns are')}"
+                    f"{'; for rows without labels use --vocabulary DIR' if key == 'label' else ''}"
                 )
         label = self.label_in(names).column
         for name, column in self.columns.items():

@@ -1,5 +1,7 @@
 """What has to be settled before any test imports anything, and the order of the test files."""
 
+import atexit
+import gc
 import os
 
 # Test processes share the cores: a thread that waits must not spin. OpenMP reads this when torch is imported.
@@ -15,14 +17,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         # This process starts those that run the tests.
         return
-    # Before scikit-learn, after which typing gives Lightning's Optional[Union[int, float]] the order float, int, so
-    # that the command line would read a limit of 1 as 1.0.
-    import pytorch_lightning  # noqa: F401
+    # Looking for garbage among a million new objects takes a tenth of the collection.
+    gc.disable()
     import torch
 
     if not torch.cuda.is_available():
-        # Triton looks at this when it is first imported: its kernels then run on the CPU, for tests of fused kernels.
+        # Triton looks at this when it is first imported, which Lightning does: its kernels then run on the CPU, for
+        # tests of the fused kernels.
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Before scikit-learn, after which typing gives Lightning's Optional[Union[int, float]] the order float, int, so
+    # that the command line would read a limit of 1 as 1.0.
+    import pytorch_lightning  # noqa: F401
 
 
 LONGEST = ("tests/front_door", "tests/sharding", "tests/test_notebooks", "tests/cli")
@@ -34,3 +39,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    # Triton reports objects that are left at the end of the interpreter.
+    atexit.register(gc.unfreeze)
+    gc.enable()

@@ -421,7 +421,7 @@ def shares(inputs: int) -> dict[tuple[str, str], int]:
 
 @pytest.mark.parametrize(("how", "kind"), CASES)
 def test_damaged_and_foreign_files(world: World, how: str, kind: str) -> None:
-    read_all(world, how, kind, shares(20_000)[how, kind])
+    read_all(world, how, kind, shares(8_000)[how, kind])
 
 
 @pytest.mark.slow

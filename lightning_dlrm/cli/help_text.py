@@ -7,6 +7,8 @@ from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
 
+from lightning_dlrm.cli.classes import OFFERED_CLASSES
+
 _INDENT = 24
 """Column at which the words of an option begin."""
 _WIDTH = 96
@@ -17,6 +19,18 @@ _REWORDED = {
     "Show this help message and exit.": "show the short help; --help.all shows this help",
 }
 """Beginning of jsonargparse's words -> ours."""
+_OWN_WORDS = {
+    "trainer.accelerator": "auto, cpu or gpu; auto takes CUDA devices if there are any",
+    "trainer.strategy": "auto on one rank; on several embedding_sharded_ddp, or the class EmbeddingShardedDDP with its "
+    "options: Lightning's other strategies, such as ddp, are refused for training on several ranks",
+    "trainer.devices": "ranks of this machine: a number, or auto, which is 1 on a CPU and all GPUs of a machine with "
+    "GPUs; on GPUs also a list of their numbers, or -1 for all",
+    "trainer.num_nodes": "number of machines",
+    "trainer.precision": "32-true, bf16-mixed, bf16-true or 64-true; null for 32-true. 32, bf16 and 64 are short names",
+    "trainer.logger": "loggers in place of W&B; false for none. A fit also writes metrics.jsonl",
+}
+"""Option -> its words, in place of Lightning's, which offer what is refused here."""
+_TAKEN_FROM_THE_FIT = r"  --model\.schedule\.(?:optimizer|total_steps) .*\n(?: {24}.*\n)*"
 _LAST = """
 --KEY.help CLASS lists the options of a class: --model.network.help DLRM, --data.help Criteo
 """
@@ -40,25 +54,34 @@ def readable_help(text: str) -> str:
     Args:
         text: as ``HelpFormatter`` formats it, with a line for each option.
     """
-    # Help of a class has no usage, links or sections.
-    is_class = text.startswith("usage: __main__.py")
-    text = re.sub(r"\Ausage: __main__\.py[\s\S]*?\n\n", "", text)
+    # Help of a class has no usage, links or sections; jsonargparse makes its usage of the name of the program.
+    is_class = re.match(r"usage: (?!python -m lightning_dlrm )", text) is not None
+    if is_class:
+        text = re.sub(r"\Ausage: [\s\S]*?\n\n", "", text)
+        text = re.sub(rf"(?m)^{_TAKEN_FROM_THE_FIT}", "", f"{text.rstrip()}\n")
     text = re.sub(r"\nLinked arguments:\n(?:  .*\n)*", "", text)
     # Help of classes, and files of a section, are the same for every key.
     text = re.sub(r"(?m)^  --[\w.]+\.help\b.*\n( {24}Show the help for .*\n)?", "", text)
     text = re.sub(r"(?m)^  --\w+ CONFIG +Path to a configuration file\.\n", "", text)
     head, *sections = re.split(rf"\n\n(?=(?:{'|'.join(_SECTIONS)}):\n)", text.rstrip())
     sections.sort(key=lambda section: _SECTIONS.index(section.partition(":\n")[0]))
-    lines = []
+    lines: list[str] = []
+    key = ""
     for line in "\n\n".join([head, *sections]).splitlines():
         option, words = line[:_INDENT], line[_INDENT:]
+        if match := re.match(r"  --([\w.]+)", line):
+            key = match[1]
         if not (option.strip() == "" or re.match(r"  -\S.*  $", option)) or not words.strip():
             # Lists and their parts are one option.
             lines.append(re.sub(r"^(  --\S+ .*), --\S+\+ .*$", r"\1", line))
             continue
-        wrapped = textwrap.wrap(_plain(words), _WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False)
+        wrapped = _wrap(_OWN_WORDS.get(key) or _plain(words))
         lines += [(option if number == 0 else " " * _INDENT) + part for number, part in enumerate(wrapped)]
     return "\n".join(lines) + "\n" + _LAST * (not is_class)
+
+
+def _wrap(words: str) -> list[str]:
+    return textwrap.wrap(words, _WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False)
 
 
 def _plain(words: str) -> str:
@@ -68,9 +91,22 @@ def _plain(words: str) -> str:
             return reworded
     words = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"\1", words).replace("``", "")
     words = re.sub(r" Default: [^ ]+\.?(?= \()", "", words)
-    words = re.sub(r"known subclasses: .*\)$", lambda found: re.sub(r"\b(?:\w+\.)+(?=\w)", "", found[0]), words)
-    words = words.replace("known subclasses: ", "classes: ")
+    words = re.sub(r", known subclasses: (.*)\)$", lambda found: f"{_classes(found[1])})", words)
+    # As in YAML.
+    words = re.sub(r"\b(?:None|True|False)\b", lambda found: {"None": "null"}.get(found[0], found[0].lower()), words)
     return re.sub(r"(?<=\btype: ).*?(?=, default: |, classes: |\)$)", lambda found: _type(found[0]), words)
+
+
+def _classes(paths: str) -> str:
+    """Return the short names of the classes that an option takes, without base classes and internal ones."""
+    offered = {known.__name__ for known in OFFERED_CLASSES}
+    ours = ("lightning_dlrm", "datamodules", "torch", "pytorch_lightning", "lightning_fabric")
+    names = dict.fromkeys(
+        path.rpartition(".")[2]
+        for path in paths.split(", ")
+        if path.partition(".")[0] not in ours or path.rpartition(".")[2] in offered
+    )
+    return f", classes: {', '.join(names)}" if names else ""
 
 
 def _type(annotation: str) -> str:

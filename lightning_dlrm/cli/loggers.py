@@ -10,12 +10,31 @@ from jsonargparse import Namespace
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from lightning_dlrm.cli.trainer_settings import as_list
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
-from lightning_dlrm.tracking.wandb_mode import choose_mode
+from lightning_dlrm.tracking.wandb_mode import NO_KEY, choose_mode
 
 log = logging.getLogger("lightning_dlrm")
 
 JOB_TYPES = {"fit": "train", "validate": "validate", "test": "test"}
+
+
+def check_api_key(command: str, given: Any, wandb: Namespace) -> None:
+    """
+    Args:
+        command: fit, validate, test, or predict.
+        given: ``trainer.logger``.
+        wandb: options of W&B.
+
+    Raises:
+        UserError: W&B is to be online and has no API key.
+    """
+    if command not in JOB_TYPES or given not in (None, True) or wandb.mode != "online":
+        return
+    require(
+        choose_mode("online") != ("offline", NO_KEY),
+        "wandb.mode is online, but there is no API key: run wandb login, set WANDB_API_KEY, or choose another mode",
+    )
 
 
 def make_loggers(

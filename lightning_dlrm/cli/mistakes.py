@@ -59,7 +59,7 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"unknown key {key}{_NO_KEYS if set(known) <= {'help'} else _nearest_key(key, known)}"
     if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
         name = match[1] or match[2]
-        names = _fitting(_BASES.get(key.rpartition(".")[2], "object"))
+        names = classes_of(key) or _fitting("object")
         return f"no class {name}{nearest_first(name, names, 'known classes:')}"
     if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss)", message):
         return _explain_class(message, match[1])
@@ -160,6 +160,12 @@ _BASES = {
 def _fitting(base: str) -> list[str]:
     """Return the names of the classes that derive from a base."""
     return [known.__name__ for known in OFFERED_CLASSES if base in (parent.__name__ for parent in known.__mro__)]
+
+
+def classes_of(key: str) -> list[str]:
+    """Return the names of the classes that a key takes; none if it takes values of other types."""
+    base = _BASES.get(key.rpartition(".")[2])
+    return [] if base is None else _fitting(base)
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from lightning_dlrm.cli.configs import find_config
-from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser
+from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser, refuse_checkpoint
 from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.terminal import binary_size
@@ -26,6 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     options, rest = matched.parse_known_args(arguments)
     if options.match is not None:
         return _match(options, rest)
+    refuse_checkpoint("params", arguments)
     built = build_model_and_data(arguments, _parser())
     sizes = count(built.module, getattr(built.datamodule, "batch_size", DEFAULT_BATCH_SIZE))
     if built.settings.json:

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from lightning_dlrm.cli.configs import file_with_key, resolve_config_arguments
 from lightning_dlrm.cli.help_text import HelpFormatter, readable_help
-from lightning_dlrm.cli.mistakes import explain, known_keys
-from lightning_dlrm.cli.short_help import SHORT_HELP
-from lightning_dlrm.cli.trust import HELP, admit_arguments, check_values
+from lightning_dlrm.cli.mistakes import classes_of, explain, known_keys
+from lightning_dlrm.cli.short_help import SHORT_HELP, TRUST_HELP
+from lightning_dlrm.cli.trust import admit_arguments, check_values
 from lightning_dlrm.contracts.errors import UserError, place_in_own_code, require
 from lightning_dlrm.contracts.terminal import wrapped
 from lightning_dlrm.engine.module import CTRModule
@@ -130,7 +130,10 @@ class CommandParser(LightningArgumentParser):
 _CHECKPOINT_HELP = dict.fromkeys(
     ("validate", "test", "predict"), "checkpoint to score: a folder such as RUN/checkpoints/best"
 )
-_CHECKPOINT_HELP["fit"] = "checkpoint to continue from: a folder, or last for that of --run_dir; see also --resume"
+_CHECKPOINT_HELP["fit"] = (
+    "checkpoint to continue from. A folder: a new run starts from it; best or last: the run in --run_dir continues "
+    "from its own. --resume auto takes the newest"
+)
 _GROUP_TITLES = {
     "trainer": "Lightning's Trainer",
     "model": "model, loss and optimizers",
@@ -182,7 +185,7 @@ def _build_parser(command: str, **options: Any) -> CommandParser:
         default=1,
         help="seed of initial parameters and data; true takes PL_GLOBAL_SEED, or 0",
     )
-    parser.add_argument_group("custom classes", f"{'--trust MODULE':22s}{HELP}")
+    parser.add_argument_group("custom classes", f"{'--trust MODULE':22s}{TRUST_HELP}")
     parser.add_lightning_class_args(pl.Trainer, "trainer")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
     parser.add_lightning_class_args(CTRModule, "model")
@@ -272,15 +275,26 @@ def _with_place(message: str, arguments: Sequence[str]) -> str:
 
 
 def _name_class_of_help(arguments: Sequence[str]) -> list[str]:
-    """Return arguments in which help for an option of the network, such as ``--model.network.tables.help``, names the
-    network's class first, as jsonargparse wants it: the class that is given as an option, or DLRM."""
+    """Return arguments in which help for an option of the network or the data, such as ``--model.network.tables.help``,
+    names their class first, as jsonargparse wants it: the class that is given as an option, or DLRM or Criteo.
+
+    Help of a kind of class, such as ``--model.network.help``, prints the classes of this kind and ends the command.
+    """
+    for argument, value in itertools.pairwise([*arguments, "--"]):
+        if value.startswith("-") and argument.endswith(".help") and (names := classes_of(argument[2:-5])):
+            print(f"{argument} CLASS lists the options of a class. Classes:")
+            print("\n".join(f"  {name}" for name in names))
+            raise SystemExit(0)
     named: list[str] = []
     for argument in arguments:
-        inner = re.fullmatch(r"--model\.network\.(?:init_args\.)?([\w.]+)\.help", argument)
-        if inner is not None and "--model.network.help" not in arguments:
-            given = [other.partition("=")[2] for other in arguments if other.startswith("--model.network=")]
-            named += ["--model.network.help", *(given[-1:] or ["DLRM"])]
-            argument = f"--model.network.{inner[1]}.help"
+        inner = re.fullmatch(r"--(model\.network|data)\.(?:init_args\.)?([\w.]+)\.help", argument)
+        if inner is not None and f"--{inner[1]}.help" not in arguments:
+            given = [other.partition("=")[2] for other in arguments if other.startswith(f"--{inner[1]}=")]
+            named += [f"--{inner[1]}.help", *(given[-1:] or [{"data": "Criteo"}.get(inner[1], "DLRM")])]
+            if inner[1] == "data":
+                # Help of a class of data lists the keys of its settings, such as demo, too.
+                continue
+            argument = f"--{inner[1]}.{inner[2]}.help"
         named.append(argument)
     return named
 
@@ -364,6 +378,17 @@ class ModelAndData:
         """Return the whole configuration with all defaults, as plain values."""
         document: dict[str, Any] = yaml.safe_load(self.parser.dump(self.settings, skip_unset=False))
         return document
+
+
+def refuse_checkpoint(command: str, arguments: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: an option names a checkpoint, which the command would not open.
+    """
+    require(
+        all(argument.partition("=")[0] != "--ckpt_path" for argument in arguments),
+        f"{command} opens no checkpoint: leave --ckpt_path out",
+    )
 
 
 def build_model_and_data(arguments: Sequence[str], parser: CommandParser | None = None) -> ModelAndData:

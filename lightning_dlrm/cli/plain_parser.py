@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from lightning_dlrm.contracts.errors import UserError, nearest
+from lightning_dlrm.contracts.errors import UserError, nearest, nearest_first
 from lightning_dlrm.contracts.terminal import filled, help_width
 
 
@@ -41,6 +41,9 @@ class PlainParser(HelpParser):
         Raises:
             UserError: always, with the message.
         """
+        if match := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message):
+            choices = re.findall(r"'([^']*)'", match[3])
+            message = f"{match[1]} is {match[2]}{nearest_first(match[2], choices, 'expected one of')}"
         raise UserError(f"{message}{'' if message.endswith('?') else ';'} {self.prog} --help lists the options")
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from datamodules.folder import load_schema
 from datamodules.preprocess.skew import lookup_counts
-from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser
+from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser, refuse_checkpoint
 from lightning_dlrm.cli.plan_report import describe_places, describe_plan, plan_document
 from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.errors import UserError, require
@@ -94,6 +94,7 @@ def _parser() -> CommandParser:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit code."""
+    refuse_checkpoint("plan", arguments)
     built = build_model_and_data(arguments, _parser())
     settings, module = built.settings, built.module
     with torch.device("meta"):

@@ -30,7 +30,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.job import EVALUATIONS, Job
 from lightning_dlrm.cli.launchers import check_started_processes, requeue, slurm_job, slurm_plugins
-from lightning_dlrm.cli.loggers import finish_loggers, make_loggers, wandb_address
+from lightning_dlrm.cli.loggers import check_api_key, finish_loggers, make_loggers, wandb_address
 from lightning_dlrm.cli.parser import CommandParser, build_trainer_parser, configure_logging, fill_data_seed, parse
 from lightning_dlrm.cli.predictions import PredictionWriter
 from lightning_dlrm.cli.report import (
@@ -60,6 +60,7 @@ from lightning_dlrm.cli.version import code_version, versions
 from lightning_dlrm.contracts.errors import UserError, require, shown_path
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.engine.batch_norm import SyncBatchNorm
+from lightning_dlrm.engine.checkpoint_state import check_encoding
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, saved_steps
 from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import CurveWriter, EvaluationWriter, MetricsLogger, NormLogger
@@ -67,6 +68,7 @@ from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.engine.progress import RunProgress
 from lightning_dlrm.engine.stopping import FinalValidation, StopAtAUC, StopOnSignal
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
+from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.sharding.collectives import is_lost_rank
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.lock import FolderLock
@@ -97,6 +99,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
     job, trainer_settings = instantiate(command, parser, settings)
     job.fallbacks, job.saved_steps = older, steps
     trainer = build_trainer(job, trainer_settings, build_callbacks(job, trainer_settings))
+    # Before the run folder is made, and loggers start.
+    check_api_key(command, trainer_settings["logger"], settings.wandb)
+    if settings.ckpt_path is not None and not older:
+        check_encoding(job.module, CheckpointReader(Path(settings.ckpt_path)))
     if is_finished(job, trainer):
         return 0
     with finishing(job, trainer):

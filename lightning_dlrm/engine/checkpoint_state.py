@@ -210,19 +210,27 @@ def _check_header(module: "CTRModule", reader: CheckpointReader, training: bool)
         f"checkpoint {reader.folder} holds the model {header.get('model')}, but this run trains "
         f"{network}: use the configuration it was trained with",
     )
-    encoding, stored = module.schema.encoding_fingerprint, str(header.get("encoding_fingerprint"))
-    if stored != encoding:
-        raise UserError(
-            f"checkpoint {reader.folder} was trained on data with another encoding (fingerprint "
-            f"{stored[:12]}, the data here have {encoding[:12]}): "
-            "encode the data with the vocabulary and protocol of the training data"
-        )
+    check_encoding(module, reader)
     data, stored = module.data_schema().data_fingerprint, str(header.get("data_fingerprint"))
     if training and stored != data:
         raise UserError(
             f"checkpoint {reader.folder} was trained on other rows (fingerprint {stored[:12]}, "
             f"the data here have {data[:12]}): resume on the same dataset"
         )
+
+
+def check_encoding(module: "CTRModule", reader: CheckpointReader) -> None:
+    """
+    Raises:
+        UserError: a checkpoint belongs to data with another encoding than the module's.
+    """
+    encoding, stored = module.schema.encoding_fingerprint, str(reader.header.get("encoding_fingerprint"))
+    require(
+        stored == encoding,
+        f"checkpoint {reader.folder} was trained on data with another encoding (fingerprint {stored[:12]}, the data "
+        f"here have {encoding[:12]}): give --config with its run's config.yaml, or encode new rows with "
+        "preprocess --vocabulary and the folder of its training data",
+    )
 
 
 def _table_keys(module: "CTRModule") -> dict[str, EmbeddingTables]:

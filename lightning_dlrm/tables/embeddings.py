@@ -83,7 +83,7 @@ class MixedDimensions:
 
 @dataclass(frozen=True, kw_only=True)
 class TableSettings:
-    """Settings of the tables other than their width.
+    """Settings of embedding tables: widths, pooling, placement, initial values.
 
     Args:
         dims: widths of single tables by name; other tables have embedding_dim.

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 from lightning_dlrm.contracts.errors import UserError
 
+NO_KEY = "no API key"
+"""Why a run is offline."""
 Mode = Literal["auto", "online", "offline", "disabled"]
 
 
@@ -43,7 +45,7 @@ def choose_mode(mode: Mode, seconds: float = 3.0) -> tuple[Literal["online", "of
     server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     host = server.hostname or "api.wandb.ai"
     if not _has_key(host):
-        return "offline", "no API key"
+        return "offline", NO_KEY
     try:
         socket.create_connection((host, server.port or (80 if server.scheme == "http" else 443)), seconds).close()
     except OSError:

@@ -447,7 +447,7 @@ MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of(LINES, 'click,u"x,p,t'), {}, """its columns are click, u"x, p, t"""),
     (log_of(LINES, "click," + "u" * 140_000), {}, "line 1: field larger than field limit.*expected a header"),
     (b"x" * (1 << 20) + log_of(LINES), {}, "line 1: no line end in the first 1,048,576 bytes; expected a header"),
-    (b"\r\r\n" + log_of(LINES), {}, "has no column 'click'"),
+    (b"\r\r\n" + log_of(LINES), {}, "has no column 'click'.*; for rows without labels use --vocabulary DIR"),
     (with_line(7, "1,u1,cheap,2024-01-01"), {}, "line 9: p is 'cheap', expected a number"),
     (with_line(7, "1,u1,inf,2024-01-01"), {}, "line 9: p is inf, expected a number of at most 3.4e38"),
     (with_line(3, '1,"u\n1",1,2024-01-01\n2,u1,1,2024-01-01'), {},

@@ -108,7 +108,7 @@ def test_several_files_equal_plain_protocol(tmp_path: Path, dataset: Dataset, pr
         written(tmp_path / f"day_{day}{suffix}", lines)
         for day, (lines, suffix) in enumerate(zip(files, ("", ".gz", ".zst", ""), strict=True))
     ]
-    preprocess(dataset, protocol, paths, tmp_path / "out", progress=QUIET, block_bytes=4000)
+    preprocess(dataset, protocol, paths, tmp_path / "out", progress=QUIET, block_bytes=9000)
     schema = assert_equals_plain(tmp_path / "out", Plain(protocol, files, dataset))
     assert schema.report["rows_per_file"] == [["day_0", 50], ["day_1.gz", 1], ["day_2.zst", 75], ["day_3", 31]]
 
@@ -123,7 +123,7 @@ def test_dlrm_without_options_has_no_settings(tmp_path: Path) -> None:
 def test_spilled_counts_equal_plain_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
     monkeypatch.setattr(counting, "_VALUES_AT_ONCE", 60)
     monkeypatch.setattr(counting, "_IDS_AT_ONCE", 16)
-    files = [generated_lines(183, 1), generated_lines(131, 2)]
+    files = [generated_lines(123, 1), generated_lines(71, 2)]
     paths = [written(tmp_path / f"day_{day}", lines) for day, lines in enumerate(files)]
     preprocess("terabyte", protocol, paths, tmp_path / "out", progress=QUIET, block_bytes=9000)
     assert_equals_plain(tmp_path / "out", Plain(protocol, files, "terabyte"))
@@ -203,10 +203,14 @@ def test_compressed_file_of_several_members(tmp_path: Path, suffix: str) -> None
 
 
 @pytest.mark.skipif(not SAMPLE.exists(), reason=f"the real sample is not at {SAMPLE}")
+@pytest.mark.parametrize("rows", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_real_sample(tmp_path: Path, protocol: str) -> None:
-    lines = [line.split("\t") for line in SAMPLE.read_text().removesuffix("\n").split("\n")]
-    preprocess("terabyte", protocol, [SAMPLE], tmp_path / "out", progress=QUIET, block_bytes=1 << 19)
+def test_real_sample(tmp_path: Path, protocol: str, rows: int) -> None:
+    text = SAMPLE.read_text().splitlines(keepends=True)[:rows]
+    assert len(text) == rows
+    lines = [line.removesuffix("\n").split("\t") for line in text]
+    (tmp_path / "day_0").write_text("".join(text))
+    preprocess("terabyte", protocol, [tmp_path / "day_0"], tmp_path / "out", progress=QUIET, block_bytes=50 * rows)
     assert_equals_plain(tmp_path / "out", Plain(protocol, [lines], "terabyte"))
 
 
@@ -414,8 +418,8 @@ def test_fast_and_exact_check_agree(column: int, text: str) -> None:
 
 @pytest.mark.parametrize(("piece_bytes", "suffix"), [(3000, ""), (9000, ".gz"), (PIECE_BYTES, "")])
 def test_bad_rows_are_left_out_and_listed(tmp_path: Path, piece_bytes: int, suffix: str) -> None:
-    files = [generated_lines(400, 1), generated_lines(300, 2)]
-    bad = {0: {0: "label", 7: "gone", 8: "hash", 399: "hash"}, 1: {150: "gone", 299: "label"}}
+    files = [generated_lines(200, 1), generated_lines(150, 2)]
+    bad = {0: {0: "label", 7: "gone", 8: "hash", 199: "hash"}, 1: {70: "gone", 149: "label"}}
     good = [[line for row, line in enumerate(lines) if row not in bad[file]] for file, lines in enumerate(files)]
     expected = []
     for file, rows in bad.items():

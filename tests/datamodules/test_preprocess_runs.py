@@ -7,6 +7,7 @@ Dask cluster of two worker processes.
 import argparse
 import errno
 import importlib
+import inspect
 import os
 import random
 import shutil
@@ -26,7 +27,6 @@ from typing import Any
 import fsspec
 import psutil
 import pytest
-from distributed import LocalCluster
 
 from datamodules.preprocess import command, counting, criteo_reader, encoding, pipeline, staging
 from datamodules.preprocess.journal import find_records, written_aside
@@ -72,6 +72,8 @@ def test_worker_processes(tmp_path: Path, days: list[Path], undisturbed: dict[st
 
 
 def test_dask_cluster(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes]) -> None:
+    from distributed import LocalCluster
+
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         make(days, tmp_path / "out", workers=None, scheduler=cluster.scheduler_address)
     assert folder_bytes(tmp_path / "out") == undisturbed
@@ -85,8 +87,11 @@ def test_no_scheduler(tmp_path: Path, days: list[Path], monkeypatch: pytest.Monk
 
 
 def killed_and_resumed(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], kills: int, seed: int) -> None:
+    # Importing this file would take longer than a run.
     code = (
-        "import sys; from pathlib import Path; from tests.datamodules.test_preprocess_runs import make; "
+        "from __future__ import annotations; import sys; from pathlib import Path\n"
+        "from datamodules.preprocess.pipeline import preprocess; from datamodules.preprocess.progress import Progress\n"
+        f"QUIET = Progress(show=False)\n{inspect.getsource(make)}"
         "make([Path(day) for day in sys.argv[2:]], Path(sys.argv[1]), workers=2)"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "out"), *map(str, days)]

@@ -189,8 +189,8 @@ def test_fewer_rows_are_the_beginning_of_more() -> None:
 
 def test_another_process_writes_the_same_bytes(made: tuple[Path, DatasetSchema], tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from tests.datamodules.test_random_data import *;"
-        "print(generate_random(SETTINGS, Path(sys.argv[1])).data_fingerprint)"
+        "import sys; from pathlib import Path; from datamodules.generate.random import RandomSettings, generate_random;"
+        f"print(generate_random({SETTINGS!r}, Path(sys.argv[1])).data_fingerprint)"
     )
     words = [sys.executable, "-c", program, str(tmp_path / "data")]
     run = subprocess.run(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], timeout=60)

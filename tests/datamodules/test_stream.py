@@ -843,7 +843,7 @@ def test_batches_for_a_gpu_are_pinned_in_the_readers_thread(
 
 
 def test_a_damaged_part_is_named_where_its_rows_would_come(tmp_path: Path) -> None:
-    schema = make_dataset(tmp_path / "data", WIDE, 2005)
+    schema = make_dataset(tmp_path / "data", WIDE, 305)
     path = tmp_path / "data" / schema.splits["train"].files[3].path
     content = path.read_bytes()
     path.write_bytes(b"PAR1" + b"\xff" * 700 + content[704:])

@@ -4,6 +4,7 @@ cannot be profiled is refused by name."""
 
 import argparse
 import hashlib
+import inspect
 import itertools
 import json
 import subprocess
@@ -213,9 +214,12 @@ def test_a_column_that_never_repeats_goes_round_when_its_table_is_used_up() -> N
 
 def test_traces_are_the_same_in_every_process() -> None:
     """The digest is the first release's: another means other data under the same profile and seed."""
+    # Importing this file would take longer than the trace.
     program = (
-        "import hashlib; from tests.datamodules.test_trace import *;"
-        "profile = make_profile(zipf_by_hand(), 2_000);"
+        "import hashlib; import numpy as np; from datamodules.generate.profiles import Profile, Profiler\n"
+        "from datamodules.generate.trace import BLOCK_ACCESSES, TraceGenerator\n"
+        + "\n".join(inspect.getsource(function) for function in (make_profile, generated, zipf_by_hand))
+        + "profile = make_profile(zipf_by_hand(), 2_000)\n"
         "print(hashlib.sha256(generated(profile, 200_000, seed=9).tobytes()).hexdigest()[:16])"
     )
     other = subprocess.run(

@@ -25,8 +25,9 @@ def test_packages_of_the_current_folder_replace_none_of_ours(project: Shell) -> 
     Path(project.folder, "bin").mkdir()
     entry = "import sys\nfrom lightning_dlrm.__main__ import main\nsys.exit(main())\n"
     Path(project.folder, "bin/lightning-dlrm").write_text(entry)
-    for start in (["-m", "lightning_dlrm"], ["bin/lightning-dlrm"]):
-        done = project.python(*start, "params", "--config", "dlrm.yaml", "--model.network", "own.Mine")
+    params = ["params", "--config", "dlrm.yaml", "--model.network", "own.Mine"]
+    script = project.forked(["bin/lightning-dlrm", *params], project.environment, 300)
+    for done in (project.python("-m", "lightning_dlrm", *params), script):
         assert done.code == 0 and "540,677,217" in done.output, done.output
 
 

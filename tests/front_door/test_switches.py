@@ -6,6 +6,7 @@ Each test asserts the effect of a switch, as a callback of the user's own sees i
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from lightning_dlrm.objectives.losses import LogLoss
 from tests.caches import new_cache
 from tests.front_door.conftest import TINY
 
+CONFIGURATION = TINY + "wandb: {mode: disabled}\n"
 BATCHES = 32
 """Of an epoch."""
 
@@ -98,7 +100,7 @@ class Intervene(pl.Callback):
 def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "cache"))
-    Path("tiny.yaml").write_text(TINY + "wandb: {mode: disabled}\n")
+    Path("tiny.yaml").write_text(CONFIGURATION)
     Spy.batches, Spy.validations, Spy.evaluated, Spy.modes = [], [], 0, set()
 
 
@@ -112,7 +114,9 @@ def run(command: str, *options: str, code: int = 0) -> None:
 
 
 def fit(*options: str, to: str = "run", code: int = 0) -> None:
-    run("fit", "--config", "dlrm.yaml", "--config", "tiny.yaml", "--run_dir", to, SPY, *options, code=code)
+    # Checkpoints are saved at validations alone: seven of them take as long as the steps of an epoch.
+    given = ["--config", "dlrm.yaml", "--config", "tiny.yaml", "--checkpoint.every_n_steps=1000", "--run_dir", to]
+    run("fit", *given, SPY, *options, code=code)
 
 
 def steps_done() -> int:
@@ -161,11 +165,6 @@ def test_a_fit_of_nothing(switch: str, capsys: pytest.CaptureFixture[str]) -> No
     fit(f"--trainer.{switch}", "0")
     assert not Spy.batches and not Path("run").exists()
     assert f"nothing was trained: trainer.{switch} is 0" in capsys.readouterr().out
-
-
-def test_max_epochs() -> None:
-    fit("--trainer.max_epochs", "2")
-    assert steps_done() == 2 * BATCHES == Spy.validations[-1] and {epoch for epoch, *_ in Spy.batches} == {0, 1}
 
 
 @pytest.mark.parametrize("options", ["min_steps 100", "min_epochs 3", "max_steps 100", "min_epochs 1"])
@@ -217,10 +216,22 @@ def test_a_limit_that_may_be_one_batch_or_all_is_refused(
     fit("--trainer.limit_train_batches=1.0", "--trainer.max_steps=1")
 
 
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a fit."""
+    folder = tmp_path_factory.mktemp("fitted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "cache"))
+        Path("tiny.yaml").write_text(CONFIGURATION)
+        fit()
+    return folder / "run"
+
+
 @pytest.fixture
-def trained() -> list[str]:
-    fit()
-    Spy.evaluated = 0
+def trained(fitted: Path) -> list[str]:
+    """The options of an evaluation of a copy of this run."""
+    shutil.copytree(fitted, "run")
     return ["--config", "run/config.yaml", "--ckpt_path", "run/checkpoints/last", "--data.evaluation_batch_size", "64"]
 
 
@@ -293,7 +304,8 @@ def test_evaluations_say_what_they_found_once_and_keep_earlier_predictions(
 )
 def test_when_validations_are_made(options: str, validations: list[int]) -> None:
     fit("--trainer.max_epochs=2", *(f"--trainer.{option}" for option in options.split()))
-    assert Spy.validations == validations
+    assert Spy.validations == validations and steps_done() == validations[-1]
+    assert {epoch for epoch, *_ in Spy.batches} == set(range(validations[-1] // BATCHES))
 
 
 def test_val_check_interval_beyond_an_epoch_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,14 +337,16 @@ def test_gradient_accumulation_scheduler_over_a_resumption() -> None:
     )
 
 
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_gradient_clipping(algorithm: str) -> None:
+def test_gradient_clipping() -> None:
     options = ["--model.dense_optimizer=SGD", "--model.dense_optimizer.learning_rate=1", "--trainer.max_steps=5"]
     fit(*options)
     assert Spy.moved > 1e-3
-    fit(*options, "--trainer.gradient_clip_val=1e-8", f"--trainer.gradient_clip_algorithm={algorithm}", to="clipped")
-    # Five steps at rates of 1 and 10.
-    assert 0 < Spy.moved < 1e-6
+    for algorithm in ("norm", "value"):
+        fit(
+            *options, "--trainer.gradient_clip_val=1e-8", f"--trainer.gradient_clip_algorithm={algorithm}", to=algorithm
+        )
+        # Five steps at rates of 1 and 10.
+        assert 0 < Spy.moved < 1e-6
 
 
 @pytest.mark.parametrize("switch", ["detect_anomaly", "deterministic"])

@@ -14,6 +14,7 @@ from tests.kernels.test_operators import (
     KINDS,
     TABLES,
     TOLERANCES,
+    check_operator,
     draw,
     draw_lookup,
     draw_update,
@@ -39,7 +40,7 @@ def draw_fused_update(rule: str, kind: str, dtype: torch.dtype) -> tuple[Any, ..
 @pytest.mark.parametrize("kind", [*KINDS, "bags weighted strided"])
 def test_the_lookup_keeps_torchs_rules_and_has_the_native_gradients(kind: str, dtype: torch.dtype) -> None:
     arguments = draw_fused_lookup(kind, dtype)
-    torch.library.opcheck(OPERATORS.fused_lookup.default, arguments, **TOLERANCES[dtype])
+    check_operator(OPERATORS.fused_lookup.default, arguments, dtype)
     weight, ids, tables, offsets, factors = arguments
     inputs = [weight] if factors is None else [weight, factors]
     expected, _, _ = native.lookup(weight, ids, offsets, tables, factors)
@@ -62,7 +63,7 @@ def test_the_lookup_keeps_torchs_rules_and_has_the_native_gradients(kind: str, d
     ],
 )
 def test_the_update_keeps_torchs_rules_and_is_the_native_one(rule: str, kind: str, dtype: torch.dtype) -> None:
-    torch.library.opcheck(OPERATORS.fused_update.default, draw_fused_update(rule, kind, dtype), **TOLERANCES[dtype])
+    check_operator(OPERATORS.fused_update.default, draw_fused_update(rule, kind, dtype), dtype)
     found, expected = draw_fused_update(rule, kind, dtype), draw_update(rule, kind, dtype)
     OPERATORS.fused_update(*found)
     OPERATORS.update(*expected)

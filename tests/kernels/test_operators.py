@@ -115,11 +115,26 @@ def draw_pairs(name: str, kind: str, dtype: torch.dtype) -> tuple[Any, ...]:
     return (first, others.requires_grad_(), *([grad] if name == "gradients" else []), self_interaction)
 
 
+def check_operator(operator: Any, arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
+    """All of torch's checks; the tracing of steps, which takes longest, in float32 alone."""
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if dtype == torch.float32:
+        checks += ("test_aot_dispatch_dynamic",)
+    torch.library.opcheck(operator, arguments, test_utils=checks, **TOLERANCES[dtype])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_operators_keep_torchs_rules(case: str, dtype: torch.dtype) -> None:
+    check_operator(getattr(OPERATORS, case.split()[0]).default, CASES[case](dtype), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_steps_in_bfloat16_are_traced(case: str) -> None:
+    arguments = CASES[case](torch.bfloat16)
     operator = getattr(OPERATORS, case.split()[0]).default
-    torch.library.opcheck(operator, CASES[case](dtype), **TOLERANCES[dtype])
+    torch.library.opcheck(operator, arguments, test_utils="test_aot_dispatch_dynamic", **TOLERANCES[torch.bfloat16])
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)

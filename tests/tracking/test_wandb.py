@@ -22,7 +22,7 @@ from jsonargparse import Namespace
 from datamodules.criteo import Criteo
 from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.cli.loggers import make_loggers
+from lightning_dlrm.cli.loggers import check_api_key, make_loggers
 from lightning_dlrm.cli.parser import WandbSettings
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.metrics_logger import NormLogger
@@ -49,6 +49,9 @@ class TestMode:
     def test_without_a_key_offline(self) -> None:
         assert choose_mode("auto") == ("offline", "no API key")
         assert choose_mode("online") == ("offline", "no API key")
+        with pytest.raises(UserError, match="is online, but there is no API key: run wandb login"):
+            check_api_key("fit", None, Namespace(mode="online"))
+        check_api_key("fit", False, Namespace(mode="online"))
 
     def test_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_mode("disabled") == ("disabled", "")
