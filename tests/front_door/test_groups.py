@@ -74,7 +74,7 @@ def test_from_a_fit_to_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["test", *checkpoint]) == 0
     by_user = json.loads(Path("a/test.json").read_text())
     said = capsys.readouterr().out
-    assert f"test/groups                      {by_user['test/groups']}\n" in said and "test/groups_left_out" in said
+    assert f"groups: {by_user['test/groups']}\ngroups left out: {by_user['test/groups_left_out']}\n" in said
     assert main(["test", *checkpoint, "--data.group", "session"]) == 0
     by_session = json.loads(Path("a/test.json").read_text())
     assert by_session["test/group_auc"] == by_session["test/auc"] and by_session["test/groups"] == 1
