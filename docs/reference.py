@@ -5,6 +5,7 @@ Run: python docs/reference.py
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import io
@@ -20,17 +21,20 @@ from docstring_parser import parse_from_object
 import lightning_dlrm
 from lightning_dlrm import __main__ as entry
 from lightning_dlrm.cli import parser as cli
+from lightning_dlrm.cli.importing import make_parser as import_parser
 from lightning_dlrm.cli.params import _parser as params_parser
 from lightning_dlrm.cli.plan import _parser as plan_parser
 from lightning_dlrm.cli.short_help import SHORT_HELP
-from lightning_dlrm.compare.command import _parser as compare_parser
+from lightning_dlrm.compare.options import make_parser as compare_parser
 from lightning_dlrm.models.baselines import MLP
 from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
 from lightning_dlrm.tables.embeddings import MixedDimensions, QuotientRemainder
 
 DOCS = Path(__file__).parent
 OURS = {
-    "ckpt_path": "a checkpoint folder; or `best` or `last`, of the run in --run_dir",
+    "ckpt_path": "fit: the checkpoint to continue from: a folder, from which a new run starts, or `best` or `last`, "
+    "from which the run in --run_dir continues; other commands: the checkpoint to score, in the same forms",
+    "print_config": "print the configuration that all files and options give, and end",
     "published": "published scores (metric, value, source), shown at the end of a run and in reports",
 }
 """Options whose help is Lightning's, or is long -> what they mean here."""
@@ -55,8 +59,8 @@ SHARED_HEAD = """\
 ## Options of every command with a configuration
 
 `fit`, `validate`, `test`, `predict`, `params` and `plan` take these options, `--trust MODULE`, and every key of a
-configuration ([Configuration keys](configuration.md)). `validate` and `test` also take `--verbose true`, which prints
-Lightning's table of metrics.
+configuration ([Configuration keys](configuration.md)); `params` and `plan` open no checkpoint. `validate` and `test`
+also take `--verbose true`, which prints Lightning's table of metrics.
 
 """
 
@@ -87,7 +91,8 @@ def option_table(actions: Iterable[argparse.Action]) -> str:
             continue
         name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
         # A name in capitals that repeats the option says nothing.
-        named = "" if action.nargs == 0 or not action.option_strings else str(action.metavar or "")
+        metavar = " ".join(action.metavar) if isinstance(action.metavar, tuple) else str(action.metavar or "")
+        named = "" if action.nargs == 0 or not action.option_strings or action.dest == "print_config" else metavar
         value = f" {named}" if named and named.lower() != action.dest else ""
         rows.append(f"| `{name}{value}` | {cell(OURS.get(action.dest) or help_of(action))} |")
     return "\n".join(["| option | meaning |", "|---|---|", *rows]) if rows else ""
@@ -95,7 +100,8 @@ def option_table(actions: Iterable[argparse.Action]) -> str:
 
 def described(parser: argparse.ArgumentParser) -> str:
     """Return what ``--help`` says around the options."""
-    words = [text for text in (parser.description, parser.epilog) if text]
+    usage = f"usage: {parser.usage}" if parser.usage else None
+    words = [text for text in (usage, parser.description, parser.epilog) if text]
     return "".join(f"```text\n{text.strip()}\n```\n\n" for text in words)
 
 
@@ -110,6 +116,7 @@ def plain_command(name: str) -> str:
     if not choices:
         return parts[0] + option_table(parser._actions) + "\n"
     for work, inner in choices[0].choices.items():
+        inner = import_parser() if (name, work) == ("checkpoint", "import") else inner
         parts.append(f"### {name} {work}\n\n{described(inner)}{option_table(inner._actions)}\n")
     return "\n".join(parts)
 
@@ -117,7 +124,7 @@ def plain_command(name: str) -> str:
 def own_actions(parser: argparse.ArgumentParser, known: Iterable[str] = ()) -> list[argparse.Action]:
     """Return the options of a parser that are no keys of a section."""
     skipped = (*SECTIONS, *LEFT_OUT, *known)
-    found = [action for action in parser._actions if action.option_strings and not action.dest.startswith("print_")]
+    found = [action for action in parser._actions if action.option_strings]
     return [action for action in found if action.dest not in skipped and action.dest.split(".")[0] not in skipped]
 
 
@@ -163,7 +170,7 @@ model:
 ```
 
 On the command line that is `--model.table_optimizer SGD --model.table_optimizer.learning_rate 10`.
-[Configure a run](configure.md) explains files, overlays and options. Keys without a default must be given.
+[Configure a run](configure.md) explains files, overlays and options.
 """
 
 
@@ -175,12 +182,19 @@ def type_words(annotation: Any) -> str:
     return text.replace("NoneType", "None")
 
 
-def default_words(parameter: inspect.Parameter) -> str:
-    if parameter.default is inspect.Parameter.empty:
-        return ""
+_IN_YAML = {"None": "null", "True": "true", "False": "false"}
+
+
+def default_words(found: Callable[..., Any], parameter: inspect.Parameter) -> str:
     value = parameter.default
-    if type(value).__name__ in ("DemoSettings", "_HAS_DEFAULT_FACTORY_CLASS") or "factory" in repr(value):
-        return ""
+    if value is inspect.Parameter.empty:
+        # The command line takes null for what may be None.
+        return "`None`" if "None" in type_words(parameter.annotation) else "required"
+    for field in dataclasses.fields(found) if dataclasses.is_dataclass(found) else ():
+        if field.name == parameter.name and callable(field.default_factory):
+            value = field.default_factory()
+    if dataclasses.is_dataclass(value):
+        return f"those of {type(value).__name__}"
     return f"`{value!r}`" if not isinstance(value, tuple) or value else "`[]`"
 
 
@@ -204,9 +218,10 @@ def key_table(found: Callable[..., Any], skip: Iterable[str] = ()) -> str:
         if name in skip or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         kind = cell(type_words(parameter.annotation))
-        rows.append(
-            f"| `{name}` | {f'`{kind}`' if kind else ''} | {default_words(parameter)} | {cell(words.get(name, ''))} |"
-        )
+        kind = f"`{kind}`" if kind else ""
+        row = f"| `{name}` | {kind} | {default_words(found, parameter)} | {cell(words.get(name, ''))} |"
+        # As in YAML.
+        rows.append(re.sub(r"\b(?:None|True|False)\b", lambda found: _IN_YAML[found[0]], row))
     return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) if rows else "It has no keys."
 
 
@@ -245,7 +260,8 @@ def configuration_page() -> str:
         "model.loss": ("", [public[f"{name}Loss"] for name in ("Log", "ProbabilityLog", "WeightedLog", "Focal")]),
         "model.averaging, model.regularization": ("", [public["Averaging"], public["Regularization"]]),
         "data": (
-            "All datamodules take the keys of FolderData; sizes of batches count samples over all ranks.",
+            "All datamodules take the keys of FolderData as well as their own; sizes of batches count samples over all "
+            "ranks.",
             [folder_data, *(public[name] for name in DATA)],
         ),
         "trainer": (trainer_words(), []),
@@ -254,15 +270,13 @@ def configuration_page() -> str:
         ),
         "trainer.callbacks": ("Lightning's callbacks, and this one.", [public["ReduceOnPlateau"]]),
     }  # fmt: skip
+    left_out = {"model": ("schema", "seed"), "model.schedule": ("optimizer", "total_steps"), "data": ("folder",)}
     top = option_table(action for action in own_actions(fit_parser()) if action.dest != "config")
     parts = [CONFIGURATION_HEAD, f"## Keys at the top\n\n{top}\n"]
     for title, (words, classes) in groups.items():
         parts.append(f"## {title}\n\n{words}\n" if words else f"## {title}\n")
         parts += [
-            class_section(
-                found, of_network if found in networks else ("schema", "seed") if found is public["CTRModule"] else ()
-            )
-            for found in classes
+            class_section(found, of_network if found in networks else left_out.get(title, ())) for found in classes
         ]
     return "\n".join(parts)
 

@@ -217,6 +217,8 @@ def _run(command: str, arguments: list[str]) -> int:
     imports = command == "checkpoint" and arguments[:1] == ["import"]
     if command in _PLAIN and not imports:
         return _run_plain_command(command, arguments)
+    if command == "compare" and not {"-h", "--help"}.isdisjoint(arguments):
+        _imported("lightning_dlrm.compare.options").make_parser().parse_args(["--help"])
     # Other commands read configurations.
     if command in SHORT_HELP and not {"-h", "--help"}.isdisjoint(arguments):
         print(f"usage: python -m lightning_dlrm {command} [options]\n\n{SHORT_HELP[command]}")

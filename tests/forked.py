@@ -45,7 +45,7 @@ class ForkedPython:
     Args:
         arguments: ``-m MODULE``, ``-c CODE`` or a script, and its arguments.
         environment: all environment variables of the process. Those that torch reads when it is imported have the
-            values of the tests' own process.
+            values of the tests' own process; ``MPLBACKEND`` and ``OMP_NUM_THREADS`` have effect.
         cwd: its current folder.
         terminal: the file descriptor of its stdin, stdout and stderr; without one, stdin is empty, and a file takes
             the rest.
@@ -234,8 +234,11 @@ def _become(request: dict[str, Any], stdio: list[int]) -> None:
         "" if sys.argv[0] == "-c" else str(Path.cwd() if sys.argv[0] == "-m" else Path(sys.argv[0]).resolve().parent)
     )
     sys.path[:0] = [start, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    import matplotlib
     import torch
 
+    if "MPLBACKEND" in os.environ:
+        matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
 
 

@@ -3,6 +3,7 @@
 The sizes that a notebook gives its commands are cut here; everything else runs as it is.
 """
 
+import json
 from pathlib import Path
 
 import nbformat
@@ -10,11 +11,12 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.caches import new_cache
+from tests.forked import interpreter
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SMALLER = {
-    "01_data": {'"--rows", "200000"': '"--rows", "20000"'},
+    "01_data": {'"--rows", "200000"': '"--rows", "6000"'},
     "02_train": {
         '"--trainer.max_steps", "120"': '"--trainer.max_steps", "24"',
         '"--trainer.val_check_interval", "20"': '"--trainer.val_check_interval", "8"',
@@ -51,6 +53,14 @@ def test_it_runs(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: 
     monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("work")))
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
+    # A kernel that need not import torch and Lightning.
+    kernel = {"argv": [interpreter(), "-m", "ipykernel_launcher", "-f", "{connection_file}"], "language": "python"}
+    kernels = tmp_path_factory.mktemp("jupyter")
+    (kernels / "kernels/forked").mkdir(parents=True)
+    (kernels / "kernels/forked/kernel.json").write_text(json.dumps(kernel | {"display_name": "forked"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(kernels))
+    # As ipykernel sets it, too late for such a process.
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     notebook = nbformat.read(path, as_version=4)
     committed = pictures(notebook)
     cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
@@ -58,7 +68,7 @@ def test_it_runs(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: 
         assert given in cell.source
         cell.source = cell.source.replace(given, smaller)
     before = {entry.name for entry in FOLDER.iterdir()}
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": FOLDER}})
+    client = NotebookClient(notebook, timeout=300, kernel_name="forked", resources={"metadata": {"path": FOLDER}})
     client.execute()
     assert pictures(notebook) == committed
     assert {entry.name for entry in FOLDER.iterdir()} == before, "its files go elsewhere"

@@ -21,7 +21,7 @@ from lightning_dlrm.contracts.terminal import command_after, command_line, count
 GENERATE_HELP = "generate data: demo data with a known best score, random data, traces, raw text"
 
 _DEMO_DESCRIPTION = """\
-Writes a dataset folder that looks like Criteo Kaggle: its 40 columns, the sizes of its tables, skewed ids and missing
+Write a dataset folder that looks like Criteo Kaggle: its 40 columns, the sizes of its tables, skewed ids and missing
 values. The labels are drawn from a planted click model, so that the best AUC and log loss any model can reach are
 known; dataset.json has them under "optimum". The same options give the same rows everywhere.
 
@@ -33,7 +33,7 @@ then:
 """
 
 _RANDOM_DESCRIPTION = """\
-Writes a dataset folder of any shape, for measuring speed: normal dense features; ids that follow a uniform, a Gaussian
+Write a dataset folder of any shape, for measuring speed: normal dense features; ids that follow a uniform, a Gaussian
 or a Zipf law within each table's size, one or a bag of them for each table, with or without weights; clicks that are
 independent of the features. The same options give the same rows everywhere.
 
@@ -51,15 +51,15 @@ then:
 """
 
 _TRACE_DESCRIPTION = """\
-Fits a generator to the order in which columns access the rows of their tables, generates any number of similar
-accesses, and reports how similar they are. The generated accesses have the stack distances of the original, so they
+Fit a generator to the order in which columns access the rows of their tables, generate any number of similar accesses,
+and report how similar they are. The generated accesses have the stack distances of the original, so they
 have the same hit rate in an LRU cache of any size, and as many distinct rows. A saved profile generates accesses later,
 without the data.
 
 Not reproduced: which rows stay popular (in the long run, all rows are accessed equally often), and the dependence
 between columns. After the length of the original, accesses keep the distances of its last octave, and new rows appear
-by the power law of that octave until all rows of the table have been accessed. Takes at most 41 bytes of memory for
-each distinct row of all columns, and 4 for each row of the largest table, for any length. Needs: pip install
+by the power law of that octave until all rows of the table have been accessed. This takes at most 41 bytes of memory
+for each distinct row of all columns, and 4 for each row of the largest table, for any length. Needs: pip install
 'lightning-dlrm[trace]'
 
 examples:
@@ -71,7 +71,7 @@ then:
 """
 
 _TSV_DESCRIPTION = """\
-Writes raw text in the format of Criteo's click logs, which preprocess reads: label, 13 integers, 26 hashes, empty where
+Write raw text in the format of Criteo's click logs, which preprocess reads: label, 13 integers, 26 hashes, empty where
 a value is missing. Hashes are skewed, and more rows have more different hashes, as in the real data. The labels are
 drawn from a planted click model. The same options give the same rows everywhere; more rows begin with the same rows.
 
@@ -83,7 +83,7 @@ then:
 """
 
 _LOG_DESCRIPTION = """\
-Writes a raw log in the form of a public data set (file names, header, separator, look of the values), or a log of five
+Write a raw log in the form of a public data set (file names, header, separator, format of the values), or a log of five
 columns, to try a schema or `preprocess --infer` without the real data. The labels are drawn from a planted click model.
 
 examples:

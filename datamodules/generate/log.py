@@ -1,6 +1,6 @@
 """Raw click logs in the forms of public data sets, with a planted click model, to try schemas on.
 
-Columns, separators, file names and the look of the values are those of the data set; the values are drawn. A click's
+Columns, separators, file names and the format of the values are those of the data set; the values are drawn. A click's
 log-odds are the sum of an effect of its user, one of its item, one of the pair of their groups, and one of the hour (or
 the price); every column but the random ones follows from user, item or time. A row is a function of (form, seed, rows,
 position): equal on every machine.

@@ -305,7 +305,7 @@ def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], path: 
         distances.set(xscale="log", ylim=(0, None), xlabel="stack distance, rows", ylabel="accesses in an octave, %")
         first = original.beginning(accesses)[0] / accesses
         hits.axhline(100 * (1 - first), color="0.45", linestyle=":", linewidth=1.2)
-        note = f"{first:.0%} of the accesses are the first to their row: no cache serves them"
+        note = f"{first:.0%} are first accesses to a row: no cache serves them"
         hits.annotate(note, (0.02, 100 * (1 - first)), (0, 3), ("axes fraction", "data"), "offset points", fontsize=7.5)
         hits.set(
             xscale="log", ylim=(0, 110), yticks=range(0, 101, 20), xlabel="rows in the LRU cache", ylabel="hits, %"

@@ -32,6 +32,7 @@ from datamodules.generate import demo
 from datamodules.generate.demo import AD, BLOCK_ROWS, VISITOR, Draw, Feature, PlantedModel
 from datamodules.generate.folder import SEED_RANGE, check_settings, checked_estimate
 from datamodules.preprocess.journal import written_aside
+from datamodules.preprocess.report import mark_of
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE
 
@@ -333,7 +334,7 @@ def _check_outputs(settings: TsvSettings, outputs: Sequence[Path]) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Callable[[bytes], Any]]:
     """Yield a function that writes text to a file, compressed by the file's suffix; the file gets its name when it is
-    complete.
+    complete, and beside it a mark that ``preprocess`` notes in the report of the dataset.
 
     Raises:
         UserError: the file cannot be written.
@@ -350,6 +351,7 @@ def whole_file(path: Path) -> Iterator[Callable[[bytes], Any]]:
                     yield compressed.write
             else:
                 yield file.write
+        mark_of(path).write_text(str(path.stat().st_size))
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({error.strerror or error}); free some disk, or choose another place"

@@ -20,7 +20,7 @@ _SMALL_LOG = 1_000_000
 """Number of training rows below which the recipes for small logs are better."""
 
 _DESCRIPTION = """\
-Reads raw click logs and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in Parquet.
+Read raw click logs and make a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in Parquet.
 
 Your own log (CSV, JSON lines or Parquet) needs a --schema: a YAML file that names the label, the role of each column,
 and the split. --infer writes a first schema; docs/own-data.md explains schemas; schemas of some public logs are
@@ -87,13 +87,23 @@ def _epilog() -> str:
     return "\n".join(["protocols (their scores cannot be compared with each other):", *protocols, "", _SPLITS])
 
 
+_INFER_OPTIONS: dict[str, dict[str, Any]] = {
+    "--infer": {
+        "type": Path,
+        "metavar": "FILE.yaml",
+        "help": "read a sample of --input and write a schema of it, with what was found as comments; makes no dataset",
+    },
+    "--label": {
+        "metavar": "LABEL",
+        "help": "what to predict: a column of 0 and 1, or a condition such as 'rating >= 4'; without "
+        "it, candidates are listed",
+    },
+    "--columns": {"metavar": "NAME,...", "help": "names of the columns of text files without a header"},
+}
+
+
 _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "what to read and write": {
-        "--dataset": {
-            "choices": DATASETS,
-            "help": "Criteo's dataset that the files belong to; decides how rows are split (required unless --schema "
-            "or --vocabulary is given)",
-        },
         "--schema": {
             "type": Path,
             "metavar": "FILE.yaml",
@@ -124,6 +134,11 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "how to encode Criteo's rows, and new rows of any log (--vocabulary)": {
+        "--dataset": {
+            "choices": DATASETS,
+            "help": "Criteo's dataset that the files belong to; decides how rows are split (required unless --schema "
+            "or --vocabulary is given)",
+        },
         # No choices: Options refuses an unknown protocol, as in Python.
         "--protocol": {
             "metavar": "NAME",
@@ -179,31 +194,17 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-_INFER_OPTIONS: dict[str, dict[str, Any]] = {
-    "--infer": {
-        "type": Path,
-        "metavar": "FILE.yaml",
-        "help": "read a sample of --input and write a schema of it, with what was found as comments; makes no dataset",
-    },
-    "--label": {
-        "metavar": "LABEL",
-        "help": "what to predict: a column of 0 and 1, or a condition such as 'rating >= 4'; without "
-        "it, candidates are listed",
-    },
-    "--columns": {"metavar": "NAME,...", "help": "names of the columns of text files without a header"},
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the description and the options of ``preprocess`` to a parser; ``run`` takes what it parses."""
-    parser.description, parser.epilog = _DESCRIPTION, _epilog()
+    parser.description, parser.epilog, parser.usage = _DESCRIPTION, _epilog(), f"{parser.prog} [options]"
+    group = parser.add_argument_group("how to write a schema of a log of any form")
+    for name, settings in _INFER_OPTIONS.items():
+        group.add_argument(name, **settings)
     for title, options in _OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, settings in options.items():
             group.add_argument(name, **settings)
-    group = parser.add_argument_group("how to write a schema of a log of any form")
-    for name, settings in _INFER_OPTIONS.items():
-        group.add_argument(name, **settings)
 
 
 def run(args: argparse.Namespace) -> int:

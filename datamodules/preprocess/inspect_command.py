@@ -15,7 +15,7 @@ from datamodules.preprocess.skew import all_skews, check_figure, draw
 from lightning_dlrm.contracts.terminal import wrapped
 
 _DESCRIPTION = """\
-Prints the protocol, fingerprints, splits with label means, and columns of a dataset: rows of each table, share of
+Print the protocol, fingerprints, splits with label means, and columns of a dataset: rows of each table, share of
 missing values, share of the most frequent id, the number of ids that 90% of the lookups go to, reserved ids; for
 planted (demo) data also the best scores that any model can reach.
 

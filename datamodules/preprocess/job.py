@@ -47,7 +47,7 @@ from datamodules.preprocess.journal import (
 from datamodules.preprocess.log_files import open_readers
 from datamodules.preprocess.progress import Estimate, Progress, estimate
 from datamodules.preprocess.recipe import Recipe
-from datamodules.preprocess.report import REPORT_FILE, write_report
+from datamodules.preprocess.report import REPORT_FILE, mark_of, write_report
 from datamodules.preprocess.sources import RawFile
 from datamodules.preprocess.splits import Span, SplitRule
 from datamodules.preprocess.staging import (
@@ -232,7 +232,8 @@ class Job:
                 len(staged.bad_rows),
             ),
         )
-        write_report(result / REPORT_FILE, schema, run, self.progress.stages)
+        generated = any(_is_generated(file) for file in self.files)
+        write_report(result / REPORT_FILE, schema, run, self.progress.stages, generated)
         schema.save(result)
         return schema
 
@@ -384,6 +385,12 @@ def _staged_so_far(folders: Sequence[Path], text_bytes: float) -> Callable[[], t
         return rows, sum(facts.get("text_bytes", 0) for facts in seen.values()) / max(text_bytes, 1.0)
 
     return look
+
+
+def _is_generated(file: RawFile) -> bool:
+    """Whether ``generate`` has left its mark beside a file of this size."""
+    mark = mark_of(Path(file.path))
+    return mark.is_file() and mark.read_text() == str(file.size)
 
 
 def _write_bad_rows(path: Path, bad_rows: Sequence[tuple[str, int, str]]) -> None:

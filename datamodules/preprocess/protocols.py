@@ -62,10 +62,10 @@ PROTOCOLS: Mapping[str, Protocol] = {
         "the training split; random 8:1:1. No dense columns",
     ),
     "quantile": Protocol(
-        summary="our own: sign(x) log(|x| + 1) with missing as null, and the same integers as categories B1..B13, in "
-        "quantile bins of the training split (--bins, at most 30 by default); missing values have id 0; rare "
-        "values (seen fewer than 3 times) and unknown values share id 1, or the id of the rarest value if no training "
-        "row has a rare value; counted over the training split",
+        summary="this project's own: sign(x) log(|x| + 1) with missing as null, and the same integers as categories "
+        "B1..B13, in quantile bins of the training split (--bins, at most 30 by default); missing values have id 0; "
+        "rare values (seen fewer than 3 times) and unknown values share id 1, or the id of the rarest value if no "
+        "training row has a rare value; counted over the training split",
     ),
     "modern": Protocol(
         summary="superseded by quantile, because its bins collide: sign(x) log(|x| + 1) with missing as null, and the "

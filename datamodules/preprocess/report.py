@@ -16,14 +16,30 @@ REPORT_FILE = "report.json"
 """How a dataset was made: inputs, options, times. Not part of dataset.json, because it differs from run to run."""
 
 
-def write_report(path: Path, schema: DatasetSchema, run: Mapping[str, Any], stages: Sequence[StageTime]) -> None:
+GENERATED = "generated"
+"""Key of the report that is true if a raw file was made by ``generate``."""
+
+
+def mark_of(path: Path) -> Path:
+    """Return the hidden file that ``generate`` leaves beside a raw file.
+
+    It holds the raw file's size, because a file of other origin may take its place.
+    """
+    return path.with_name(f".{path.name}.{GENERATED}")
+
+
+def write_report(
+    path: Path, schema: DatasetSchema, run: Mapping[str, Any], stages: Sequence[StageTime], generated: bool = False
+) -> None:
     """Write the report as JSON.
 
     Args:
+        generated: whether a raw file was made by ``generate``.
         run: what the dataset's bytes depend on; a later run compares it with its own.
     """
     content = {
         "run": run,
+        **({GENERATED: True} if generated else {}),
         "rows": {name: split.rows for name, split in schema.splits.items()},
         "label_mean": {name: label_mean(schema, name) for name in schema.splits},
         "table_rows": dict(schema.features.tables),

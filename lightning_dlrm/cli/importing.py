@@ -1,5 +1,6 @@
 """``checkpoint import``: convert parameters of facebookresearch/dlrm to a checkpoint folder."""
 
+import argparse
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lightning_dlrm.cli.parser import build_model_and_data, refuse_checkpoint
 from lightning_dlrm.cli.plain_parser import HelpParser
-from lightning_dlrm.cli.trust import HELP
+from lightning_dlrm.cli.short_help import TRUST_HELP
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
 from lightning_dlrm.engine.module import CTRModule
@@ -28,7 +29,8 @@ same order. Tables N and layers N of the file become column N and layer N here.
   python -m lightning_dlrm predict --config dlrm.yaml --data.path DIR --ckpt_path imported"""
 
 
-def run(arguments: Sequence[str]) -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options of this command alone."""
     parser = HelpParser(
         prog="python -m lightning_dlrm checkpoint import",
         usage="python -m lightning_dlrm checkpoint import FILE --config YAML [options of fit] --output DIR",
@@ -36,7 +38,13 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--output", metavar="DIR", help="the new checkpoint folder")
     # Only for the list in --help: ``take_trust`` has taken it.
-    parser.add_argument("--trust", metavar="MODULE", help=HELP)
+    parser.add_argument("--trust", metavar="MODULE", help=TRUST_HELP)
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit code."""
+    parser = make_parser()
     if not arguments:
         parser.print_help()
         return 2

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from lightning_dlrm.cli.configs import file_with_key, resolve_config_arguments
 from lightning_dlrm.cli.help_text import HelpFormatter, readable_help
 from lightning_dlrm.cli.mistakes import classes_of, explain, known_keys
-from lightning_dlrm.cli.short_help import SHORT_HELP
-from lightning_dlrm.cli.trust import HELP, admit_arguments, check_values
+from lightning_dlrm.cli.short_help import SHORT_HELP, TRUST_HELP
+from lightning_dlrm.cli.trust import admit_arguments, check_values
 from lightning_dlrm.contracts.errors import UserError, place_in_own_code, require
 from lightning_dlrm.contracts.terminal import wrapped
 from lightning_dlrm.engine.module import CTRModule
@@ -185,7 +185,7 @@ def _build_parser(command: str, **options: Any) -> CommandParser:
         default=1,
         help="seed of initial parameters and data; true takes PL_GLOBAL_SEED, or 0",
     )
-    parser.add_argument_group("custom classes", f"{'--trust MODULE':22s}{HELP}")
+    parser.add_argument_group("custom classes", f"{'--trust MODULE':22s}{TRUST_HELP}")
     parser.add_lightning_class_args(pl.Trainer, "trainer")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
     parser.add_lightning_class_args(CTRModule, "model")

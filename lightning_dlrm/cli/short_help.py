@@ -1,8 +1,13 @@
 """``--help`` of the commands that read configurations: one screen, without loading torch. ``--help.all`` lists every
 option."""
 
+TRUST_HELP = (
+    "let configurations name classes and functions of this module; may be repeated; has an effect on the command line "
+    "only"
+)
+
 _CONFIGURATION = """\
-  --config FILE              YAML file, here or shipped; later overlay earlier
+  --config FILE              a YAML; later files overlay earlier ones
   --data.path DIR            a dataset folder, or demo (generated data)"""
 
 _CLASSES = """\
@@ -12,13 +17,18 @@ list the options of a class. --trust MODULE lets a YAML name classes of this
 module (SECURITY.md)."""
 
 
-def _evaluation(more: str) -> str:
-    """Return the options of a command that opens a checkpoint.
+def _evaluation(command: str, more: str) -> str:
+    """Return an example and the options of a command that opens a checkpoint.
 
     Args:
+        command: its name.
         more: line of an option of this command alone.
     """
     return f"""\
+example:
+  python -m lightning_dlrm {command} --config runs/NAME/config.yaml \\
+      --ckpt_path runs/NAME/checkpoints/best
+
 options:
   --config FILE              the config.yaml of the run
   --ckpt_path PATH           such as runs/NAME/checkpoints/best
@@ -47,7 +57,7 @@ examples:
 
 options:
 {_CONFIGURATION}
-  --data.batch_size N        samples of a step, over all ranks
+  --data.batch_size N        samples of a batch, over all ranks
   --run_dir DIR              default: runs/<date>-<model>-<n>
   --resume auto              continue --run_dir from its newest checkpoint
   --seed_everything N        seed of parameters and of the samples' order
@@ -58,21 +68,28 @@ options:
   --model.compile true       compile the dense layers
   --stop_at_auc AUC          end after the first validation that reaches it
   --wandb.mode MODE          auto, online, offline or disabled
+  --print_config             print the configuration of these options, and end
 
 {_CLASSES}""",
-    "validate": f"Score a checkpoint on the validation split.\n\n{_evaluation(_GROUP)}",
-    "test": f"Score a checkpoint on the test split.\n\n{_evaluation(_GROUP)}",
-    "predict": f"Write a checkpoint's click probabilities to predictions.parquet.\n\n{_evaluation(_SPLIT)}",
+    "validate": f"Score a checkpoint on the validation split.\n\n{_evaluation('validate', _GROUP)}",
+    "test": f"Score a checkpoint on the test split.\n\n{_evaluation('test', _GROUP)}",
+    "predict": f"Write a checkpoint's click probabilities to predictions.parquet.\n\n{_evaluation('predict', _SPLIT)}",
     "params": f"""\
 Count the parameters, FLOPs and bytes of a configuration; no table is made.
 
 examples:
   python -m lightning_dlrm params --config dlrm.yaml
   python -m lightning_dlrm params --config mlperf_v2.yaml --json
+  python -m lightning_dlrm params --match dcn.yaml --to dlrm.yaml \\
+      --by dense --output matched.yaml
 
 options:
 {_CONFIGURATION}
   --json                     print a JSON object
+  --match FILE...            widen or narrow this model's hidden layers
+  --to FILE...               configuration whose cost is matched
+  --by COST                  total, dense (parameters), or flops (forward)
+  --output FILE              where the matched configuration is written
 
 {_CLASSES}""",
     "plan": f"""\

@@ -51,11 +51,6 @@ KINDS = (
 )  # fmt: skip
 """Base classes of what options take; of ``PACKAGES`` only these and dataclasses are built."""
 
-HELP = (
-    "let configurations name classes and functions of this module; may be repeated; has an effect on the command line "
-    "only"
-)
-
 _LISTED = ", ".join(PACKAGES)
 _CLASS_KEYS = (
     "class_path", "network", "loss", "schedule", "table_optimizer", "dense_optimizer", "wide_optimizer", "data",

@@ -7,14 +7,13 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.parser import WandbSettings
-from lightning_dlrm.cli.plain_parser import HelpParser
-from lightning_dlrm.cli.trust import HELP, admit_file, trust_options
+from lightning_dlrm.cli.trust import admit_file, trust_options
 from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import (
     EXPECTED,
@@ -25,6 +24,7 @@ from lightning_dlrm.compare.experiment import (
     read_experiment,
 )
 from lightning_dlrm.compare.figures import draw_all
+from lightning_dlrm.compare.options import Split, make_parser
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs
 from lightning_dlrm.compare.ranking import title_of
 from lightning_dlrm.compare.report import arms_table, closing_words, page_of, write_report
@@ -32,7 +32,6 @@ from lightning_dlrm.compare.results import check_data, compare
 from lightning_dlrm.compare.runs import Arm, arms_of, read_run
 from lightning_dlrm.compare.scores import (
     Samples,
-    Split,
     note_source,
     predict_command,
     read_scores,
@@ -46,23 +45,9 @@ from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY
 from lightning_dlrm.tracking.wandb_mode import choose_mode
 from lightning_dlrm.tracking.wandb_run import JOB_TYPE, ComparisonPage, RunPlace, send_comparison
 
-EXAMPLES = """\
-examples:
-  python -m lightning_dlrm compare --config figure5.yaml --config figure5/small.yaml --seeds 1,2 --output runs/small
-  python -m lightning_dlrm compare --config figure5.yaml --config criteo_kaggle.yaml --data.path DIR \\
-      --output runs/figure5
-  python -m lightning_dlrm compare runs/dlrm-1 runs/dlrm-2 runs/dcn-1 runs/dcn-2 --output runs/dlrm_vs_dcn
-
-An experiment's YAML names arms (configurations), seeds, and compared settings, as the shipped figure5.yaml does. Other
---config files and options such as --data.path or --trainer.max_steps apply to all its runs. Finished runs are not
-repeated; others continue from their newest checkpoint.
-
-The folder after --output gets report.html, its figures as PNG and report.json; for an experiment also runs/ and logs/.
-"""
-
 
 def run(arguments: Sequence[str]) -> int:
-    options, rest = _parser().parse_known_args(arguments)
+    options, rest = make_parser().parse_known_args(arguments)
     options.seeds = None if options.seeds is None else _seeds(options.seeds)
     options.parallel = None if options.parallel is None else _positive(options.parallel)
     # Other options of an experiment are for its runs; without an experiment the rest are run folders.
@@ -77,40 +62,6 @@ def run(arguments: Sequence[str]) -> int:
     if options.config:
         return _run_experiment(options, rest, output)
     return _run_given([Path(path) for path in rest], options, output)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = HelpParser(
-        prog="python -m lightning_dlrm compare",
-        usage="python -m lightning_dlrm compare --config EXPERIMENT.yaml [--config OVERLAY.yaml ...]\n"
-        "           --output DIR [options]\n"
-        "       python -m lightning_dlrm compare RUN RUN ... --output DIR [options]",
-        description="Train configurations with several seeds, or take finished runs, and show which is better.",
-        epilog=EXAMPLES,
-    )
-    parser.add_argument("-c", "--config", action="append", help="an experiment's YAML, then overlays for all its runs")
-    parser.add_argument("--output", default=None, help="folder for the report, and for the runs of an experiment")
-    parser.add_argument("--seeds", default=None, help="seeds instead of those of the experiment, such as 1,2,3")
-    parser.add_argument("--parallel", default=None, help="runs at a time (default: one for each GPU; one on a CPU)")
-    parser.add_argument("--split", choices=get_args(Split), default="test", help="which samples are scored")
-    parser.add_argument(
-        "--group",
-        metavar="COLUMN",
-        help="also report the mean AUC over the groups of a kept column, such as the user (default: data.group of the "
-        "runs)",
-    )
-    parser.add_argument("--force", action="store_true", help="compare runs of different data, with warnings")
-    parser.add_argument(
-        "--discard-checkpoints",
-        action="store_true",
-        help="remove a run's checkpoints once it is scored; at the paper's size they take 4 to 8 GiB a run",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, show the planned comparison, and exit"
-    )
-    # Only for the list in --help: ``take_trust`` has taken it.
-    parser.add_argument("--trust", metavar="MODULE", help=HELP)
-    return parser
 
 
 def _seeds(text: str) -> list[int]:

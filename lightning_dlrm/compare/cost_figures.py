@@ -63,13 +63,14 @@ class CostDrawing(Drawing):
         dense = merge_equal({arm.name: anatomies[arm.name].dense for arm in self.arms})
         heights = [(1.2 if self.narrow else 0.8) + 0.3 * len(dense)]
         if len(groups) > 1:
-            shown = min(_TABLES_SHOWN, len({name for _, tables in groups for name in tables}))
-            heights.insert(0, 0.7 + shown * max(0.16, 0.11 * len(groups)))
+            rows = min(_TABLES_SHOWN, len({name for _, tables in groups for name in tables}))
+            heights.insert(0, 0.7 + rows * max(0.16, 0.11 * len(groups)))
         figure = Figure(figsize=(self.width, sum(heights)), layout="constrained")
         *above, right = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False).flat
         if above:
             count, most = self._tables(above[0], groups)
-            caption = f"Above: the {most} largest of {count} tables; below: the dense parts."
+            shown = f"all {count}" if most == count else f"the {most} largest of {count}"
+            caption = f"Above: {shown} tables; below: the dense parts."
         else:
             (_, of_tables), *_ = groups
             caption = (
@@ -116,7 +117,7 @@ class CostDrawing(Drawing):
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.locator_params(axis="x", nbins=5)
         # Above the axes: inside, the legend would hide bars.
-        axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=6 if self.narrow else 8)
+        axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=7 if self.narrow else 8)
         return len(most), len(shown)
 
     def operators(self, operators: Mapping[str, Mapping[str, float]]) -> Picture:

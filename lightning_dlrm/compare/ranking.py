@@ -10,13 +10,9 @@ from lightning_dlrm.compare.results import Comparison, Pair
 from lightning_dlrm.compare.runs import Arm, by_data
 from lightning_dlrm.compare.statistics import Interval, Metric, Score
 from lightning_dlrm.contracts.terminal import counted
-from lightning_dlrm.tracking import names
 
 _SHOWN_NAMES = 4
 """Most configurations that a title or a sentence lists by name; of more it gives the number."""
-
-_GENERATED = ("demo", "random", "trace")
-"""Names of the datasets that ``generate`` writes."""
 
 
 def title_of(arms: Sequence[Arm]) -> str:
@@ -27,7 +23,8 @@ def title_of(arms: Sequence[Arm]) -> str:
     dataset, protocol = arms[0]["dataset"], arms[0]["protocol"]
     # Logs with a schema of their own have no named protocol.
     named = protocol not in ("demo", "schema")
-    on = f"{dataset} data{f' (protocol {protocol})' * named}"
+    made = "generated " * (dataset != "demo" and arms[0].runs[0].generated)
+    on = f"{made}{dataset} data{f' (protocol {protocol})' * named}"
     classes = [
         tuple(
             str(arm.settings.get(f"model.{part}.class_path")).rpartition(".")[2]
@@ -185,8 +182,6 @@ def _seeds(comparison: Comparison) -> str:
 
 
 def _demo(comparison: Comparison) -> str:
-    if all(
-        arm.runs[0].final.get(names.OPTIMUM_AUC) is None and arm["dataset"] not in _GENERATED for arm in comparison.arms
-    ):
+    if not any(arm.runs[0].generated for arm in comparison.arms):
         return ""
     return f": {comparison.arms[0]['dataset']} data, generated clicks that say nothing about real ones"

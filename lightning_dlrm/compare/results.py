@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from lightning_dlrm.cli.report import published_notes
+from lightning_dlrm.compare.options import Split
 from lightning_dlrm.compare.runs import Arm, Run, by_data, data_differences
-from lightning_dlrm.compare.scores import Scores, Split
+from lightning_dlrm.compare.scores import Scores
 from lightning_dlrm.compare.statistics import (
     HIGHER_IS_BETTER,
     METRICS,

@@ -34,6 +34,10 @@ NEEDED = (
 """Keys of a run's summary without which it cannot be compared."""
 
 
+_GENERATED = ("demo", "random", "trace")
+"""Names of the datasets that ``generate`` writes."""
+_DATA_REPORT = "report.json"
+"""File of ``preprocess`` in a dataset's folder."""
 _SECTIONS = {"seed_everything": int, "model": dict, "data": dict, "trainer": dict, "wandb": dict}
 """Keys of a run's configuration that are read here, with the types of their values."""
 _DAMAGED = "the run folder is damaged: restore the file from a copy, or train the run again"
@@ -55,6 +59,17 @@ class Run:
     @property
     def seed(self) -> int:
         return int(self.config["seed_everything"])
+
+    @property
+    def generated(self) -> bool:
+        """Whether ``generate`` made the data: the dataset itself, or the raw files that ``preprocess`` read."""
+        if self.final["dataset"] in _GENERATED or self.final.get(names.OPTIMUM_AUC) is not None:
+            return True
+        folder = Path(str(self.config["data"].get("init_args", {}).get("path")))
+        try:
+            return bool(read_json(folder / _DATA_REPORT, dict[str, Any], "").get("generated"))
+        except UserError:
+            return False
 
     @property
     def checkpoint(self) -> Path:

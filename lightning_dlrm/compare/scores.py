@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from lightning_dlrm.cli.parser import build_model_and_data
 from lightning_dlrm.cli.predictions import read_predictions
 from lightning_dlrm.cli.trust import trust_options
+from lightning_dlrm.compare.options import Split
 from lightning_dlrm.compare.runs import Run
 from lightning_dlrm.contracts.documents import read_json
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import click_metrics, group_aucs
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS
 
-Split = Literal["test", "validation"]
 SOURCE = "source.json"
 """File that names the run, the split and the data of a folder's predictions."""
 

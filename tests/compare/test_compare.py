@@ -378,6 +378,7 @@ def test_auc_by_group_is_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytes
             dense = np.zeros(400, np.float32)
             writer.write(split, {"label": labels, "user": pa.array(users), "I1": dense, "C1": ids})
         writer.finish(dataset="own", protocol="own")
+    Path("kept/report.json").write_text('{"generated": true}')
     arms = planned(options=("--data.path", "kept"))
     runs = [
         str(leave_run(arm, s, Path("out"), skill)) for arm, skill in zip(arms, (2.0, 1.0), strict=True) for s in (1, 2)
@@ -399,6 +400,7 @@ def test_auc_by_group_is_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     of_groups = document["pairs"][-1]
     assert of_groups["metric"] == "group_auc" and "are not distinguishable by AUC by group" in said
     assert of_groups["low"] < of_groups["difference"] < of_groups["high"]
+    assert "<h1>DLRM and DCN, generated own data (protocol own)</h1>" in html and ": own data, generated clicks" in said
     (header,) = (line for line in said.splitlines() if "accuracy  AUC by group" in line)
     assert len(header) <= 80
 

@@ -4,6 +4,7 @@ alone."""
 
 import argparse
 import gzip
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,14 @@ def test_preprocess_takes_the_files(tmp_path: Path) -> None:
     schema = preprocess("terabyte", "dlrm", paths, tmp_path / "data", progress=Progress(show=False))
     assert sum(split.rows for split in schema.splits.values()) == 2_000
     assert schema.report["missing"]["C14"] == pytest.approx(2_000 * 0.467, rel=0.1)
+    # Noted beside the dataset, not in it; a file of other origin in the place of a generated one is not generated.
+    assert json.loads((tmp_path / "data/report.json").read_text())["generated"] is True
+    one, two = (path.with_name(f".{path.name}.generated") for path in paths)
+    one.unlink()
+    two.write_text("1")
+    again = preprocess("terabyte", "dlrm", paths, tmp_path / "again", progress=Progress(show=False))
+    assert "generated" not in json.loads((tmp_path / "again/report.json").read_text())
+    assert again.data_fingerprint == schema.data_fingerprint
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ SEPARATE = ("own-data.md", "own-model.md")
 LONG = " compare "
 """Command of README that is left out of the default run: the same command is in a page of docs/."""
 WRITTEN_BY_READERS = re.compile(
-    r"own|my_models|log\.yaml|mylog|places|matched|plan\.yaml|settings\.yaml|NAME|FILE|schema\.yaml"
+    r"own|my_models|log\.yaml|mylog|places|matched|plan\.yaml|settings\.yaml|NAME|FILE|EXPERIMENT|OVERLAY|schema\.yaml"
 )
 
 
