@@ -182,6 +182,9 @@ def type_words(annotation: Any) -> str:
     return text.replace("NoneType", "None")
 
 
+_IN_YAML = {"None": "null", "True": "true", "False": "false"}
+
+
 def default_words(found: Callable[..., Any], parameter: inspect.Parameter) -> str:
     value = parameter.default
     if value is inspect.Parameter.empty:
@@ -216,7 +219,9 @@ def key_table(found: Callable[..., Any], skip: Iterable[str] = ()) -> str:
             continue
         kind = cell(type_words(parameter.annotation))
         kind = f"`{kind}`" if kind else ""
-        rows.append(f"| `{name}` | {kind} | {default_words(found, parameter)} | {cell(words.get(name, ''))} |")
+        row = f"| `{name}` | {kind} | {default_words(found, parameter)} | {cell(words.get(name, ''))} |"
+        # As in YAML.
+        rows.append(re.sub(r"\b(?:None|True|False)\b", lambda found: _IN_YAML[found[0]], row))
     return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) if rows else "It has no keys."
 
 

@@ -4,7 +4,6 @@
 rank of each number is a process of its own, forked from one that has imported everything.
 """
 
-import gc
 import json
 import os
 import signal
@@ -38,7 +37,7 @@ from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
 from tests.ranks import environment
 from tests.toy import TABLES, toy_dcn, toy_dlrm, toy_module, toy_schema, wide_dlrm
 
-STEPS = 12
+STEPS = 10
 GLOBAL_BATCH = 24
 RULES: dict[str, Any] = {
     "sgd": lambda: SGD(0.5),
@@ -425,5 +424,4 @@ def _fork(rank: int, ranks: int, port: int, action: Callable[[int], None]) -> in
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    gc.freeze()
     run_all(Path(sys.argv[1]))

@@ -8,7 +8,7 @@ from datamodules.log_schema import LogSchema
 from datamodules.log_settings import LogColumn, LogSplit, MlperfBags
 from datamodules.preprocess.protocols import DATASETS, PROTOCOLS, Dataset
 from lightning_dlrm.contracts.documents import read_yaml
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, nearest_first, require
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs
 
 Distribution = Literal["uniform", "pareto"]
@@ -47,7 +47,8 @@ class Options:
         }
         for name, values in known.items():
             found = getattr(self, name)
-            require(found in values, f"unknown {name} {found!r}; known: {', '.join(filter(None, values))}")
+            suggestion = nearest_first(str(found), filter(None, values), "known:")
+            require(found in values, f"unknown {name} {found!r}{suggestion}")
         require(
             self.max_rows is None or self.max_rows >= 1,
             f"max_rows is {self.max_rows}, expected at least 1; leave it out to keep every value",

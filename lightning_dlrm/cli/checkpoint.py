@@ -4,15 +4,13 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_dlrm.sharding.balance import make_plan
-from lightning_dlrm.sharding.checkpoint import CheckpointReader, resolve_checkpoint
-from lightning_dlrm.sharding.costs import TableLoad
-from lightning_dlrm.sharding.manifest import TableEntry
-from lightning_dlrm.sharding.plan import read_plan
-from lightning_dlrm.sharding.rewriting import rewrite_checkpoint
-from lightning_dlrm.tracking.lock import lock_run_of
+if TYPE_CHECKING:
+    # Imported when they are needed: help starts without torch.
+    from lightning_dlrm.sharding.checkpoint import CheckpointReader
+    from lightning_dlrm.sharding.costs import TableLoad
+    from lightning_dlrm.sharding.manifest import TableEntry
 
 _BALANCED_FOR = 2048  # samples of a global batch, which a checkpoint does not hold
 
@@ -74,6 +72,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the checkpoint is not whole, or the new one cannot be written.
     """
+    from lightning_dlrm.sharding.checkpoint import CheckpointReader, resolve_checkpoint
+    from lightning_dlrm.sharding.rewriting import rewrite_checkpoint
+    from lightning_dlrm.tracking.lock import lock_run_of
+
     source = resolve_checkpoint(args.checkpoint)
     if args.work == "info":
         reader = CheckpointReader(source)
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def info(reader: CheckpointReader) -> dict[str, Any]:
+def info(reader: "CheckpointReader") -> dict[str, Any]:
     """Return what the manifest of a checkpoint says, without opening its tensors."""
     tables = reader.manifest.tables
     return {
@@ -126,7 +128,10 @@ def _describe(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _bounds(reader: CheckpointReader, args: argparse.Namespace) -> dict[str, list[int]]:
+def _bounds(reader: "CheckpointReader", args: argparse.Namespace) -> dict[str, list[int]]:
+    from lightning_dlrm.sharding.balance import make_plan
+    from lightning_dlrm.sharding.plan import read_plan
+
     tables = reader.manifest.tables
     if args.plan is None:
         plan = make_plan([_load(reader, name, entry) for name, entry in tables.items()], args.ranks, _BALANCED_FOR)
@@ -136,7 +141,9 @@ def _bounds(reader: CheckpointReader, args: argparse.Namespace) -> dict[str, lis
     return {name: [0, *(piece.stop for piece in pieces)] for name, pieces in plan.tables.items()}
 
 
-def _load(reader: CheckpointReader, name: str, entry: TableEntry) -> TableLoad:
+def _load(reader: "CheckpointReader", name: str, entry: "TableEntry") -> "TableLoad":
+    from lightning_dlrm.sharding.costs import TableLoad
+
     rows, width = entry.shapes["weight"]
     row_bytes = sum(math.prod(shape[1:]) * reader.dtype(name, slot).itemsize for slot, shape in entry.shapes.items())
     return TableLoad(name=name, rows=rows, width=width, bytes_per_row=row_bytes)

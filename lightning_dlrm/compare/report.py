@@ -316,7 +316,7 @@ def closing_words(comparison: Comparison, output: Path) -> str:
     steady = comparison.steady(names.SAMPLES_PER_SECOND)
     for arm in ranked(comparison):
         values = (f"{np.mean(comparison.values(arm, name)):.5f}" for name in columns)
-        speed = rounded(_median(arm, names.SAMPLES_PER_SECOND)) if steady else "-"
+        speed = rounded(_median(arm, names.SAMPLES_PER_SECOND)) if steady else ""
         course = _mean_course(arm, f"{names.VALIDATION}/auc")
         # One value is no course.
         rows.append([arm.name, *values, speed, sparkline(course, SPARK_WIDTH) if len(course) > 1 else ""])

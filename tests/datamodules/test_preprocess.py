@@ -550,7 +550,10 @@ def test_bad_arguments(tmp_path: Path) -> None:
     (tmp_path / "full/file").touch()
     out = tmp_path / "out"
     cases: list[tuple[str, Callable[[], object]]] = [
-        ("unknown protocol 'dlmr'; known: dlrm, mlperf", lambda: preprocess("kaggle", "dlmr", [raw], out)),
+        (
+            "unknown protocol 'dlmr'; did you mean dlrm\\? Known: dlrm, mlperf",
+            lambda: preprocess("kaggle", "dlmr", [raw], out),
+        ),
         ("no protocol is given", lambda: preprocess("kaggle", None, [raw], out)),
         ("no dataset is given", lambda: preprocess(None, "dlrm", [raw], out)),
         ("nvidia has no max_rows, unlike dlrm and mlperf", lambda: preprocess("kaggle", "nvidia", [raw], out, 9)),
