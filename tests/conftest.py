@@ -28,6 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # Before scikit-learn, after which typing gives Lightning's Optional[Union[int, float]] the order float, int, so
     # that the command line would read a limit of 1 as 1.0.
     import pytorch_lightning  # noqa: F401
+    from hypothesis import settings
+
+    # Other processes take the time of this one.
+    settings.register_profile("no deadline", deadline=None)
+    settings.load_profile("no deadline")
 
 
 LONGEST = ("tests/front_door", "tests/sharding", "tests/test_notebooks", "tests/cli")

@@ -136,7 +136,7 @@ def draw_roofline(
     figure = Figure(figsize=(8.5, 4.4), layout="constrained")
     panels = figure.subplots(1, len(precisions), sharey=True, squeeze=False)[0]
     intensities = [cost.intensity for parts in precisions.values() for cost, _ in parts.values()]
-    low, high = min(intensities) / 3, max(intensities) * 5
+    low, high = min(intensities) / 6, max(intensities) * 12
     above: set[str] = set()
     labelled: list[tuple[Axes, dict[str, tuple[float, float]], list[tuple[float, float]]]] = []
     for axes, (precision, parts) in zip(panels, precisions.items(), strict=True):
@@ -154,6 +154,7 @@ def draw_roofline(
                 above.add("memory" if cost.intensity < peak / rates.bytes else "arithmetic")
         labelled.append((axes, marks, roof))
         axes.set(xscale="log", yscale="log", xlabel="floating-point operations\nper byte moved to or from memory")
+        axes.margins(y=0.2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(True, which="major", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
@@ -185,6 +186,7 @@ def _gap(box: _Box, other: _Box) -> float:
 
 def _label(axes: Axes, marks: Mapping[str, tuple[float, float]], roof: Sequence[tuple[float, float]]) -> None:
     """Write the label of each mark on the side where all are farthest from each other, from marks and from the roof."""
+    frame = axes.bbox.padded(-_FAR_PX)
     corners = axes.transData.transform(roof)
     line = [begin + share * (end - begin) for begin, end in pairwise(corners) for share in np.linspace(0, 1, 100)]
     spots = [
@@ -206,7 +208,7 @@ def _label(axes: Axes, marks: Mapping[str, tuple[float, float]], roof: Sequence[
             left, bottom, right, top = map(float, label.get_window_extent().extents)
             label.remove()
             box = left, bottom, right, top
-            inside = axes.bbox.x0 < left and right < axes.bbox.x1
+            inside = frame.x0 < left and right < frame.x1 and frame.y0 < bottom and top < frame.y1
             options[-1].append((min(_gap(box, other) for other in others) if inside else -_FAR_PX, box, look))
 
     def distances(chosen: Sequence[tuple[float, _Box, Any]]) -> tuple[float, float]:

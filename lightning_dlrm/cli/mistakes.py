@@ -98,7 +98,7 @@ def _explain_value(key: str, value: str, message: str) -> str | None:
         return f"{key} is {value}; expected {allowed[0]}"
     if allowed:
         return f"{key}: {value} is not one of {', '.join(allowed)}"
-    if match := re.search(r"Subtypes: \[(.*)\]", message):
+    if match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message):
         return f"{key} is {value}; expected {_type_words(match[1])}"
     if match := re.search(r"Expected (?:an? )?(<class '[\w.]+'>)\. Got value", message):
         return f"{key} is {value}; expected {_type_words(match[1])}"

@@ -223,7 +223,8 @@ def test_the_shipped_schema_of_a_protocol_makes_its_rows_and_vocabularies(tmp_pa
     assert shipped == {f"datasets/criteo_{protocol}.yaml" for protocol in PROTOCOLS}
     for protocol in PROTOCOLS:
         made = {}
-        for way in ("short", "schema"):
+        # Options make the schemas that are shipped, as the next test shows: one protocol of each kind is made twice.
+        for way in ("short", "schema") if protocol in ("dlrm", "quantile") else ("schema",):
             out = tmp_path / protocol / way
             schema = None if way == "short" else read_log_schema(f"datasets/criteo_{protocol}.yaml")
             names = ("kaggle", protocol) if schema is None else (None, None)
@@ -237,7 +238,7 @@ def test_the_shipped_schema_of_a_protocol_makes_its_rows_and_vocabularies(tmp_pa
             np.testing.assert_array_equal(rows[name], stored.column(name).to_numpy())
         encode(of_new.drop_columns(["label"]), None, out / "of_table", vocabulary=out / "known")
         assert pq.read_table(out / "of_table/test").equals(stored)
-        assert made["short"] == made["schema"], protocol
+        assert made.get("short", made["schema"]) == made["schema"], protocol
     bags = replace(read_log_schema("datasets/criteo_mlperf.yaml"), mlperf_bags=MlperfBags())
     preprocess(None, None, [raw], tmp_path / "bags", progress=QUIET, schema=bags)
     of_known = pa.table(dict(zip(COLUMNS, zip(*lines, strict=True), strict=True)))

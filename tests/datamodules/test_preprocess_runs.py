@@ -39,6 +39,7 @@ from lightning_dlrm.contracts.schema import DatasetSchema
 from tests.raw_criteo import Plain, assert_equals_plain, folder_bytes, generated_lines, written
 
 QUIET = Progress(show=False)
+BLOCK_BYTES = 66_000
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def undisturbed(days: list[Path], tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def make(days: list[Path], output: Path, **options: Any) -> DatasetSchema:
-    given = {"progress": QUIET, "block_bytes": 33_000, "workers": 1, **options}
+    given = {"progress": QUIET, "block_bytes": BLOCK_BYTES, "workers": 1, **options}
     return preprocess("terabyte", "quantile", days, output, negative_sampling_rate=0.5, **given)
 
 
@@ -75,7 +76,8 @@ def test_dask_cluster(tmp_path: Path, days: list[Path], undisturbed: dict[str, b
     from distributed import LocalCluster
 
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
-        make(days, tmp_path / "out", workers=None, scheduler=cluster.scheduler_address)
+        # Another size of pieces, which changes no byte: few tasks.
+        make(days, tmp_path / "out", workers=None, scheduler=cluster.scheduler_address, block_bytes=1_000_000)
     assert folder_bytes(tmp_path / "out") == undisturbed
 
 
@@ -91,7 +93,7 @@ def killed_and_resumed(tmp_path: Path, days: list[Path], undisturbed: dict[str, 
     code = (
         "from __future__ import annotations; import sys; from pathlib import Path\n"
         "from datamodules.preprocess.pipeline import preprocess; from datamodules.preprocess.progress import Progress\n"
-        f"QUIET = Progress(show=False)\n{inspect.getsource(make)}"
+        f"QUIET, BLOCK_BYTES = Progress(show=False), {BLOCK_BYTES}\n{inspect.getsource(make)}"
         "make([Path(day) for day in sys.argv[2:]], Path(sys.argv[1]), workers=2)"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "out"), *map(str, days)]
@@ -205,7 +207,7 @@ def test_staged_rows_serve_another_protocol(
 ) -> None:
     interrupted("count")
     monkeypatch.setattr(criteo_reader, "parse", lambda *_: pytest.fail("was staged before"))
-    preprocess("terabyte", "nvidia", days, tmp_path / "out", None, QUIET, 33_000, workers=1)
+    preprocess("terabyte", "nvidia", days, tmp_path / "out", None, QUIET, BLOCK_BYTES, workers=1)
     files = [generated_lines(1000, day) for day in range(3)]
     assert_equals_plain(tmp_path / "out", Plain("nvidia", files, "terabyte"))
 

@@ -108,7 +108,7 @@ def splits(draw: st.DrawFn) -> list[list[int]]:
     return [groups[i : i + per_file] for i in range(0, len(groups), per_file)]
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     splits(),
     st.integers(1, 150),
@@ -231,22 +231,25 @@ def test_a_bijection_puts_every_row_everywhere_equally_often() -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def whole_split(folder: Path, paths: tuple[str, ...]) -> pa.Table:
-    return pa.concat_tables(pq.read_table(folder / path) for path in paths)
+def whole_split(folder: Path, paths: tuple[str, ...]) -> dict[str, np.ndarray | list[Any]]:
+    """The columns of a split: numbers in an array, ids in a list."""
+    table = pa.concat_tables(pq.read_table(folder / path) for path in paths)
+    numbers = {column.name for column in WIDE if column.role in ("label", "dense")}
+    return {name: table[name].to_numpy() if name in numbers else table[name].to_pylist() for name in table.column_names}
 
 
 def plain_batch(folder: Path, schema: DatasetSchema, split: str, rows: np.ndarray) -> dict[str, Any]:
     """The rows by their positions, from the whole split read by pyarrow alone."""
-    table = whole_split(folder, tuple(file.path for file in schema.splits[split].files)).take(rows)
-    tables = schema.by_role("categorical", "multi_hot")
+    table = whole_split(folder, tuple(file.path for file in schema.splits[split].files))
+    tables = [table[column.name] for column in schema.by_role("categorical", "multi_hot")]
     bags = [
         [value] if isinstance(value, int) else value
-        for row in zip(*(table[column.name].to_pylist() for column in tables), strict=True)
-        for value in row
+        for row in rows.tolist()
+        for value in (column[row] for column in tables)
     ]
     return {
-        "label": table["label"].to_numpy() if "label" in table.column_names else None,
-        "dense": np.stack([table[c.name].to_numpy() for c in schema.by_role("dense")] or [np.empty((0,))], axis=1)
+        "label": table["label"][rows] if "label" in table else None,
+        "dense": np.stack([table[c.name][rows] for c in schema.by_role("dense")], axis=1)
         if schema.by_role("dense")
         else np.empty((len(rows), 0), np.float32),
         "bags": bags,
@@ -425,7 +428,8 @@ def undisturbed_epochs(wide: tuple[Path, DatasetSchema], options: dict[str, Any]
 @pytest.mark.parametrize(
     ("options", "stop"),
     [
-        *(({}, stop) for stop in (0, 1, 9, 20, 21, 22, 41, 42)),
+        *(({}, stop) for stop in (0, 9, 20, 21, 22, 42)),
+        *(pytest.param({}, stop, marks=pytest.mark.slow) for stop in (1, 41)),
         *(({"cache": "memory"}, stop) for stop in (9, 21)),
         *(({"cache": "memory", "shuffle": "full"}, stop) for stop in (9, 21)),
         *(({"threads": 2}, stop) for stop in (9, 21)),

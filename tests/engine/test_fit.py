@@ -123,14 +123,16 @@ def test_linear_terms_with_a_rule_of_their_own_are_resumed_to_the_last_bit(tmp_p
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"val_check_interval": 4, "check_val_every_n_epoch": None}], ids=["each epoch", "every 4 steps"]
+    ("options", "stops"),
+    [({}, (9, 14)), ({"val_check_interval": 4, "check_val_every_n_epoch": None}, (1, 9, 14, 23))],
+    ids=["each epoch", "every 4 steps"],
 )
-def test_resumed_fit_goes_on_with_the_same_losses(options: dict, tmp_path: Path) -> None:
+def test_resumed_fit_goes_on_with_the_same_losses(options: dict, stops: tuple[int, ...], tmp_path: Path) -> None:
     options = {"max_epochs": 2, "every": 1, **options}
     whole = toy_module(schedule=DECAY)
     trainer_of(tmp_path / "whole", **options).fit(whole, ToyData())
 
-    for stop in (1, 9, 14, 23):
+    for stop in stops:
         run = tmp_path / f"stopped at {stop}"
         with pytest.raises(InterruptedError):
             trainer_of(run, callbacks=[StopAt(stop)], **options).fit(toy_module(schedule=DECAY), ToyData())

@@ -161,7 +161,7 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
     ("options", "message"),
     [
         ({"bottom_mlp": [8, 5]}, "bottom_mlp ends in 5 but embedding_dim is 16"),
-        ({"bottom_mlp": []}, "bottom_mlp ends in nothing"),
+        ({"bottom_mlp": []}, r"bottom_mlp is \[\], but this dataset has"),
         ({"interaction": "cat", "self_interaction": True}, "self_interaction needs interaction: dot"),
         ({"interaction": "sum"}, "one of dot, cat, projection, cross"),
         ({"top_mlp": [0]}, "each 1 or wider"),

@@ -60,7 +60,7 @@ def test_loss_is_the_published_formula(loss: Loss) -> None:
         (lambda: LogLoss(clamp=0.5), "clamp is 0.5"),
         (lambda: WeightedLogLoss(click=0.0), "click is 0.0"),
         (lambda: FocalLoss(gamma=-1.0), "gamma is -1.0"),
-        (lambda: FocalLoss(alpha=1.0), "alpha 1.0"),
+        (lambda: FocalLoss(alpha=1.0), "alpha is 1.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, message: str) -> None:
