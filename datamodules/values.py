@@ -31,9 +31,7 @@ BOOLEANS: Mapping[str, int] = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, 
 YES = ("yes", "true", "y", "t", "ja", "oui", "si", "click", "clicked")
 """Texts that likely mean a click, for proposed conditions."""
 _SHOWN = 5
-_EXPECTED_NUMBER = (
-    "a number; correct the line, list texts that mean a missing value under nulls, or give the column another role"
-)
+_NUMBER = "a number; correct the line, list texts of missing values under nulls, or give the column another role"
 _LARGEST = np.finfo(np.float32).max  # dense values are stored as float32
 _MICROSECONDS, _YEARS = {"unix": 1_000_000, "unix_ms": 1_000}, (1900, 2200)
 _MOMENTS = [np.datetime64(str(year), "us").astype(np.int64) for year in _YEARS]  # of numbers that can be times
@@ -100,7 +98,7 @@ def check_single(name: str, column: pa.ChunkedArray) -> None:
         raise _bad_column(column, f"{name} holds {what} ({column.type}), expected single values; {remedy}")
 
 
-def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".", expected: str = _EXPECTED_NUMBER) -> pa.DoubleArray:
+def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".", expected: str = _NUMBER) -> pa.DoubleArray:
     """Return numbers float64, null where a value is missing or NaN.
 
     Args:
@@ -275,9 +273,7 @@ def times(name: str, column: pa.ChunkedArray, form: str | None) -> pa.TimestampA
         return _whole(column.cast(pa.timestamp("us", getattr(column.type, "tz", None)), safe=exact)).cast(kind)
     if form is not None and form in _MICROSECONDS:
         unit = "seconds" if form == "unix" else "milliseconds"
-        expected = (
-            f"{unit} since 1970 (time: {form}); set time to iso or to a format such as '%d.%m.%Y', or correct the line"
-        )
+        expected = f"{unit} since 1970 (time: {form}); set time to iso or to a format such as '%d.%m.%Y'"
         seconds = numbers(name, column, expected=expected).to_numpy(zero_copy_only=False)
         moments = np.nan_to_num(seconds) * _MICROSECONDS[form]
         wrong = (moments < _MOMENTS[0]) | (moments >= _MOMENTS[1])

@@ -41,6 +41,7 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
     rows_read = sum(count for _, count in report.rows_per_file) or rows
     missing = report.missing if rows_read else {}
     skews = {column.name: vocabulary_skew(folder, schema, column) for column in schema.columns}
+    held_out = [name for name in schema.cells if name != "train"]
     return {
         "folder": str(folder),
         "dataset": schema.dataset,
@@ -72,9 +73,7 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
                 else _cell_share(schema, column.name, "missing", schema.cells),
                 "most_frequent": skew.most_frequent if skew else None,
                 "ids_for_90": skew.ids_for.get(0.9) if skew else None,
-                "unknown": _cell_share(
-                    schema, column.name, "unknown", [name for name in schema.cells if name != "train"]
-                ),
+                "unknown": _cell_share(schema, column.name, "unknown", held_out),
                 "note": _note(schema, column, report.distinct.get(column.name)),
             }
             for column in schema.columns

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         raise UserError(f"--batches is {args.batches} and --rounds {args.rounds}: give at least as many batches")
     if args.plot is not None:
         # Matplotlib takes long to import.
-        from lightning_dlrm.bench.figures import check_figure, draw_breakdown, draw_roofline
+        from lightning_dlrm.bench.figures import check_figure
 
         check_figure(args.plot)
     workload = paper(args.max_rows)
@@ -132,19 +132,38 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         print(render_roofline(precision, of_parts, rates))
     if args.plot is not None:
         shown = {"ours": "lightning_dlrm", "baseline": "plain PyTorch"}
-        labels = {key: f"{shown[key[0]]}\n{key[1]}" for key in typical}
-        drawn = f"{title}, batch {args.batch_size:,}"
-        draw_breakdown(
-            {labels[key]: _operators(step_parts) for key, step_parts in typical.items()},
-            {labels[key]: unprofiled[key] for key in typical},
-            args.device,
-            drawn,
-            args.plot,
-        )
-        second = args.plot.with_stem(args.plot.stem + "-roofline")
-        draw_roofline(parts, rates, args.device, drawn, second)
-        print(f"figures: {args.plot}, {second}")
+        bars = {
+            f"{shown[key[0]]}\n{key[1]}": (_operators(step_parts), unprofiled[key])
+            for key, step_parts in typical.items()
+        }
+        _draw(args, f"{title}, batch {args.batch_size:,}", bars, parts, rates)
     return totals + _operator_rows(args, profiles)
+
+
+def _draw(
+    args: argparse.Namespace,
+    title: str,
+    bars: Mapping[str, tuple[Mapping[str, float], float]],
+    parts: Mapping[str, Mapping[roofline.Part, tuple[roofline.Cost, float]]],
+    rates: roofline.MachineRates,
+) -> None:
+    """Draw the operators of each contender and the roofline.
+
+    Args:
+        args: the command's options.
+        title: of both figures.
+        bars: label -> seconds of each operator, and of a step without the profiler.
+        parts: see ``draw_roofline``.
+        rates: rates of the device.
+    """
+    # Matplotlib takes long to import.
+    from lightning_dlrm.bench.figures import draw_breakdown, draw_roofline
+
+    operators = {label: of_step for label, (of_step, _) in bars.items()}
+    draw_breakdown(operators, {label: seconds for label, (_, seconds) in bars.items()}, args.device, title, args.plot)
+    roofline_file = args.plot.with_stem(args.plot.stem + "-roofline")
+    draw_roofline(parts, rates, args.device, title, roofline_file)
+    print(f"figures: {args.plot}, {roofline_file}")
 
 
 def _profile(steps: Sequence[Times]) -> Profile:

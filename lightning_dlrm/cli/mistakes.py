@@ -19,6 +19,10 @@ _NO_CLASS = (
     "no class that has this key is chosen; a file that holds changes only, such as an overlay or one that plan writes, "
     "needs a model's YAML before it: --config dlrm.yaml --config places.yaml"
 )
+_NO_MODEL = (
+    "no model is chosen (overlays such as small.yaml and own_data.yaml have none): begin with a model, as in --config "
+    "dlrm.yaml --config OVERLAY"
+)
 
 
 def explain(message: str, known: Sequence[str]) -> str:
@@ -45,10 +49,7 @@ def explain(message: str, known: Sequence[str]) -> str:
     if given and (match := re.search(r"Subtypes: \[(<class '(?:float|int)'>.*)\]", message)):
         return f"{key} is {given[1].strip()}; expected {_type_words(match[1])}"
     if re.search(r"arguments are required: [\w.]*\bmodel\.network\b", message):
-        return (
-            "no model is chosen (overlays such as small.yaml and own_data.yaml have none): begin with a model, as in "
-            "--config dlrm.yaml --config OVERLAY"
-        )
+        return _NO_MODEL
     if match := re.search(r"unrecognized arguments: (?!-)(\S+\.ya?ml)\b", message):
         return f"unrecognized argument {match[1]}; did you mean --config {match[1]}?"
     if match := re.search(
