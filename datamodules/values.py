@@ -272,13 +272,12 @@ def times(name: str, column: pa.ChunkedArray, form: str | None) -> pa.TimestampA
         exact = getattr(column.type, "unit", None) != "ns"
         return _whole(column.cast(pa.timestamp("us", getattr(column.type, "tz", None)), safe=exact)).cast(kind)
     if form is not None and form in _MICROSECONDS:
-        unit = "seconds" if form == "unix" else "milliseconds"
+        unit, other = ("seconds", "unix_ms") if form == "unix" else ("milliseconds", "unix")
         expected = f"{unit} since 1970 (time: {form}); set time to iso or to a format such as '%d.%m.%Y'"
         seconds = numbers(name, column, expected=expected).to_numpy(zero_copy_only=False)
         moments = np.nan_to_num(seconds) * _MICROSECONDS[form]
         wrong = (moments < _MOMENTS[0]) | (moments >= _MOMENTS[1])
         if wrong.any():
-            other = "unix_ms" if form == "unix" else "unix"
             raise BadValueError(
                 wrong,
                 lambda row: (
