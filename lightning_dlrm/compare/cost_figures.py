@@ -68,9 +68,7 @@ class CostDrawing(Drawing):
         figure = Figure(figsize=(self.width, sum(heights)), layout="constrained")
         *above, right = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False).flat
         if above:
-            count, most = self._tables(above[0], groups)
-            shown = f"all {count}" if most == count else f"the {most} largest of {count}"
-            caption = f"Above: {shown} tables; below: the dense parts."
+            caption = f"Above: {self._tables(above[0], groups)}; below: the dense parts."
         else:
             (_, of_tables), *_ = groups
             caption = (
@@ -89,20 +87,27 @@ class CostDrawing(Drawing):
         right.xaxis.set_major_formatter(EngFormatter())
         return self.save(figure, "parameters", "Parameters", caption)
 
-    def _tables(self, axes: Axes, groups: Sequence[tuple[list[str], Mapping[str, int]]]) -> tuple[int, int]:
+    def _tables(self, axes: Axes, groups: Sequence[tuple[list[str], Mapping[str, int]]]) -> str:
         """Draw the parameters of the largest tables, a bar for each group of configurations with equal tables.
 
         Returns:
-            The number of tables, and of those that are shown.
+            A description: which tables are shown, and which configurations have none of them.
         """
         most: dict[str, int] = {}
         for _, tables in groups:
             most |= {name: max(count, most.get(name, 0)) for name, count in tables.items()}
         shown = sorted(most, key=lambda name: -most[name])[:_TABLES_SHOWN]
-        handles = []
+        handles, hidden = [], []
         for number, (members, tables) in enumerate(groups):
-            look: dict[str, Any] = filling(number) | {"color": self.styles[members[0]]["color"]}
-            label = f"{', '.join(members)}: {counted(len(tables), 'table')}, {sum(tables.values()):,} parameters"
+            # No configuration's colour stands for several.
+            colour = self.styles[members[0]]["color"] if len(members) == 1 else "0.55"
+            look: dict[str, Any] = filling(number) | {"color": colour}
+            label = (
+                f"{', '.join(members)}: {counted(len(tables), 'table')}, {counted(sum(tables.values()), 'parameter')}"
+            )
+            if not tables.keys() & set(shown):
+                hidden.append(f"; {label}, all smaller than these")
+                continue
             handles.append(Patch(facecolor=look.pop("color"), label=label, **look))
             for row, name in enumerate(shown):
                 if name in tables:
@@ -112,13 +117,14 @@ class CostDrawing(Drawing):
                     y = row + (owners.index(number) - (len(owners) - 1) / 2) * height
                     axes.barh(y, tables[name], height, facecolor=handles[-1].get_facecolor(), **look)
                     axes.text(tables[name], y, f" {tables[name]:,}", va="center", fontsize=7 if height > 0.3 else 5)
-        self.rows(axes, shown, "parameters of the largest tables")
+        every = len(shown) == len(most)
+        self.rows(axes, shown, f"parameters of the {'' if every else 'largest '}tables")
         axes.set_xlim(0, (1.3 if self.narrow else 1.12) * most[shown[0]])
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.locator_params(axis="x", nbins=5)
         # Above the axes: inside, the legend would hide bars.
         axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=7 if self.narrow else 8)
-        return len(most), len(shown)
+        return f"{'all' if every else f'the {len(shown)} largest of'} {len(most)} tables{''.join(hidden)}"
 
     def operators(self, operators: Mapping[str, Mapping[str, float]]) -> Picture:
         """Draw the time of a training step by kind of operator as a stacked bar."""
@@ -131,7 +137,7 @@ class CostDrawing(Drawing):
             "operators",
             "Time of a step by operator",
             "One training step by kind of operator, forward, backward and update together, from PyTorch's profiler: "
-            f"for each kind the least time of {ROUNDS * STEPS} steps with the runs' batch size, on the machine that "
+            f"the step of median time of {ROUNDS * STEPS} with the runs' batch size, on the machine that "
             "made this report, outside Lightning.",
         )
 

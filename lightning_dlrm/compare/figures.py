@@ -22,7 +22,7 @@ from lightning_dlrm.compare.statistics import HIGHER_IS_BETTER, Score
 from lightning_dlrm.tracking import names
 
 FIRST_SHOWN = 0.05
-"""Share of a run at its beginning that curves do not show."""
+"""Share of the shortest run; curves begin after so many samples, because the first values come from few samples."""
 SHOWN_MARKS = 8
 """Markers along a curve."""
 _THIN, _MARK = 0.9, 4.0
@@ -76,6 +76,7 @@ class _ResultDrawing(Drawing):
                 self._course(panel, arm, names.SAMPLES, f"{names.VALIDATION}/accuracy")
             answer = self._constant_answer(panel)
             panel.set(title=title)
+            panel.set_xlim(left=0)
             panel.xaxis.set_major_formatter(EngFormatter())
             if self.narrow or panel is axes[0]:
                 panel.set_ylabel("accuracy")
@@ -107,6 +108,7 @@ class _ResultDrawing(Drawing):
                         self._course(axes, arm, x, f"{split}/{metric}", thin=split != splits[-1], factor=factor)
                 axes.xaxis.set_major_formatter(EngFormatter())
                 axes.locator_params(axis="x", nbins=4)
+                axes.set_xlim(left=0)
             of = "" if len(splits) > 1 else "training " if splits == [names.TRAIN] else f"{splits[0]} "
             row[0].set_ylabel(f"{of}{title}")
         for axes, (_, label) in zip(grid[-1], abscissae, strict=True):
@@ -120,6 +122,11 @@ class _ResultDrawing(Drawing):
             f"{'' if self._one_validation else 'Above: training; below: validation. '}"
             f"{timed * (len({x for x, _ in abscissae}) > 1)}{self._lines()}",
         )
+
+    @property
+    def _first(self) -> float:
+        """Samples after which curves begin."""
+        return FIRST_SHOWN * min(float(run.final[names.SAMPLES]) for run in self.comparison.runs)
 
     @property
     def _one_validation(self) -> bool:
@@ -175,15 +182,12 @@ class _ResultDrawing(Drawing):
 
     def _course(self, axes: Axes, arm: Arm, x: str, y: str, *, thin: bool = False, factor: float = 1.0) -> None:
         """Draw the mean over the runs of a configuration, and the band from the lowest to the highest."""
-        curves = [run.curve(x, y) for run in arm.runs]
+        curves = [run.curve(x, y, self._first) for run in arm.runs]
         length = min(len(ys) for _, ys in curves)
         if not length:
             return
         xs = np.mean([curve[0][:length] for curve in curves], axis=0) * factor
         ys = np.array([curve[1][:length] for curve in curves])
-        # The first values come from few samples, and would take most of the axis.
-        shown = xs >= FIRST_SHOWN * xs[-1]
-        xs, ys, length = xs[shown], ys[:, shown], int(shown.sum())
         style = dict(self.styles[arm.name])
         if length == 1 and not thin:
             # One validation each, often at the same place: marks beside each other.
@@ -340,10 +344,16 @@ class _ResultDrawing(Drawing):
             runs = f"Lines are means over the seeds; bands reach from the lowest seed to the highest{bars}."
         if self._one_validation:
             runs += " Each run has one validation, at its end; marks at the same place are drawn beside each other."
-        return (
-            "Training: over the last 65,536 samples, each scored before its step. The first twentieth of the run is "
-            f"not shown. {runs}"
-        )
+        logged = [run.curve(names.SAMPLES, f"{names.TRAIN}/auc")[0] for run in self.comparison.runs]
+        ends = [samples[0] for samples in logged if samples]
+        begin = ""
+        if ends and min(ends) < self._first:
+            begin = f" The first {self._first:,.0f} samples are not shown."
+        elif ends:
+            # One end, if all runs have the same.
+            at = " to ".join(f"{end:,.0f}" for end in dict.fromkeys((min(ends), max(ends))))
+            begin = f" It is first logged at {at} samples."
+        return f"Training: over the last 65,536 samples, each scored before its step.{begin} {runs}"
 
 
 def majority(entropy: float) -> float:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_dlrm.compare.results import Comparison, Pair
+from lightning_dlrm.compare.results import Comparison, Pair, sample_counts
 from lightning_dlrm.compare.runs import Arm, by_data
 from lightning_dlrm.compare.statistics import Interval, Metric, Score
-from lightning_dlrm.contracts.terminal import counted
 
 _SHOWN_NAMES = 4
 """Most configurations that a title or a sentence lists by name; of more it gives the number."""
@@ -25,24 +24,30 @@ def title_of(arms: Sequence[Arm]) -> str:
     named = protocol not in ("demo", "schema")
     made = "generated " * (dataset != "demo" and arms[0].runs[0].generated)
     on = f"{made}{dataset} data{f' (protocol {protocol})' * named}"
-    classes = [
-        tuple(
-            str(arm.settings.get(f"model.{part}.class_path")).rpartition(".")[2]
-            for part in ("network", "table_optimizer")
-        )
-        for arm in arms
-    ]
-    networks, rules = (list(dict.fromkeys(part)) for part in zip(*classes, strict=True))
-    if len(set(classes)) < len(arms) or len(networks) * len(rules) != len(arms):
-        return f"{_listed([arm.name for arm in arms])}, {on}"
+    both = [(_network(arm), _class(arm, "table_optimizer")) for arm in arms]
+    networks, rules = (list(dict.fromkeys(part)) for part in zip(*both, strict=True))
+    crossed = len(set(both)) == len(networks) * len(rules) == len(arms)
     if len(networks) == len(arms):
         # The rest of the report has the names of the configurations.
         networks = [
-            _in_words(network) + f" ({arm.name})" * (network.lower() != arm.name.lower())
+            network + f" ({arm.name})" * (network.lower().replace(" ", "") != arm.name.lower())
             for network, arm in zip(networks, arms, strict=True)
         ]
-    under = f" under {_listed(rules)}" if len(rules) > 1 else ""
+    elif not crossed:
+        return f"{_listed([arm.name for arm in arms])}, {on}"
+    under = f" under {_listed(rules)}" if crossed and len(rules) > 1 else ""
     return f"{_listed(networks)}{under}, {on}"
+
+
+def _class(arm: Arm, part: str) -> str:
+    return str(arm.settings.get(f"model.{part}.class_path")).rpartition(".")[2]
+
+
+def _network(arm: Arm) -> str:
+    """Return the name of a configuration's network in words."""
+    name = _class(arm, "network")
+    version_2 = name == "DCN" and arm.settings.get("model.network.init_args.cross", "vector") != "vector"
+    return _in_words(name) + " v2" * version_2
 
 
 def _in_words(name: str) -> str:
@@ -75,13 +80,16 @@ def pair_of(comparison: Comparison, one: Arm, other: Arm, metric: Metric = "auc"
 
 
 def with_spread(comparison: Comparison, arm: Arm, metric: Score, digits: int = 5) -> str:
-    """Return a configuration's mean of a metric, with two digits of the standard deviation over its seeds in
-    brackets."""
+    """Return a configuration's mean of a metric, with the standard deviation over its seeds in
+    brackets, both with the same number of decimals."""
     values = comparison.values(arm, metric)
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
     spread = float(np.std(values, ddof=1))
-    return f"{np.mean(values):.{digits}f} ({spread:.{1 - math.floor(math.log10(spread)) if spread else 0}f})"
+    if spread:
+        # Enough for a digit that is not 0.
+        digits = max(digits, -math.floor(math.log10(spread)))
+    return f"{np.mean(values):.{digits}f} ({spread:.{digits}f})"
 
 
 def behind(comparison: Comparison, arm: Arm) -> str:
@@ -110,51 +118,61 @@ def _digits(interval: Interval) -> int:
 
 
 def answer(comparison: Comparison) -> tuple[str, str]:
-    """Return which configuration is better, by how much and how surely; then by log loss, and on what data."""
-    on = f"Scored on {comparison.scored}{_demo(comparison)}."
+    """Return which configuration is best, in one sentence; then by how much and how surely, what the log loss says, on
+    what data, and whether training was unequal."""
+    on = f"Scored on {comparison.scored}{_demo(comparison)}.{_unequal(comparison)}"
     if comparison.warnings:
         return "No ranking: the runs are of different data.", on
     first, second, *_ = arms = ranked(comparison)
     pairs = [pair_of(comparison, first, arm) for arm in arms[1:]]
-    near = pair_of(comparison, first, second)
+    near = pairs[0]
     auc = f"{np.mean(comparison.values(first, 'auc')):.4f}"
     amount, interval = distance(near.interval).split(" ", 1)
     above = f"{amount} above {second.name} (95% interval {interval.strip('()')})"
-    level = [pair.loser for pair in pairs if not (pair.decided or pair.single)]
+    undecided = [pair for pair in pairs if not (pair.decided or pair.single)]
     single = [pair.loser for pair in pairs if pair.single]
-    if near.single and not level:
-        head = (
-            f"No verdict from one seed: {first.name} has the highest AUC, {auc}: {above}, without the variation over "
-            f"seeds. Train more seeds ({_more_seeds(comparison)})."
-        )
-    elif level:
-        # An interval may exclude 0 without a verdict.
-        adjusted = any(pair.unadjusted != pair.verdict for pair in pairs)
-        verdicts = counted(sum(not pair.single for pair in comparison.pairs), "verdict")
-        head = (
-            f"No clear winner with {_seeds(comparison)}: {first.name} has the highest AUC, {auc}, {above}, but it is "
-            f"not distinguishable from {_listed(level)}{f' after adjustment for {verdicts}' * adjusted}."
-            f"{_decided(comparison)}"
-        )
-        if adjusted:
-            head += f" An interval excludes 0 without a verdict: train more seeds ({_more_seeds(comparison)})."
+    lead = ""
+    if near.single and not undecided:
+        head = f"No verdict from one seed: {first.name} has the highest AUC, {auc}."
+        lead = f"It is {above}, without the variation over seeds; train more: {_more_seeds(comparison)}."
+    elif undecided:
+        head = f"No clear winner with {_seeds(comparison)}: {first.name} has the highest AUC, {auc}."
+        lead = f"It is {above}{_undecided_lead(comparison, undecided)}"
+        lead += "".join(f" {sentence}." for sentence in _decided(comparison, "auc"))
     else:
         head = f"{first.name} wins: AUC {auc}, {above}, {_seeds(comparison)}."
         if single:
             head += f" With one seed there is no verdict against {_listed(single)}."
-    return head, " ".join(filter(None, [_by_log_loss(comparison, first, second), on]))
+    return head, " ".join(filter(None, [lead, _by_log_loss(comparison, first, second), on]))
 
 
-def _decided(comparison: Comparison) -> str:
-    """Return which configurations are better than which by AUC, as sentences; empty without such a verdict."""
+def _undecided_lead(comparison: Comparison, undecided: Sequence[Pair]) -> str:
+    """Return what follows the lead over the second: over which others it has no verdict, and why."""
+    # An interval may exclude 0 without a verdict.
+    excluding = [pair.loser for pair in undecided if pair.unadjusted != pair.verdict]
+    level = [pair.loser for pair in undecided if pair.unadjusted == pair.verdict]
+    text = f", and not distinguishable from {_listed(level)}." if level else "."
+    if excluding:
+        intervals = "an interval" if len(excluding) == 1 else "intervals"
+        verdicts = sum(not pair.single for pair in comparison.pairs)
+        seeds = _seeds(comparison).removesuffix(" each")
+        text += (
+            f" It leads {_listed(excluding)} by {intervals} above 0, but after adjustment for {verdicts} comparisons "
+            f"{seeds} are too few for a verdict; train more: {_more_seeds(comparison)}."
+        )
+    return text
+
+
+def _decided(comparison: Comparison, metric: Metric) -> list[str]:
+    """Return which configurations are better than which, by the verdicts under a metric."""
     better: dict[str, list[str]] = {}
     for pair in comparison.pairs:
-        if pair.metric == "auc" and pair.decided:
+        if pair.metric == metric and pair.decided:
             better.setdefault(pair.loser, []).append(pair.winner)
-    return "".join(
-        f" {_listed(winners)} {'is' if len(winners) == 1 else 'are'} better than {loser}."
+    return [
+        f"{_listed(winners)} {'is' if len(winners) == 1 else 'are'} better than {loser}"
         for loser, winners in better.items()
-    )
+    ]
 
 
 def _more_seeds(comparison: Comparison) -> str:
@@ -165,15 +183,33 @@ def _more_seeds(comparison: Comparison) -> str:
 
 
 def _by_log_loss(comparison: Comparison, first: Arm, second: Arm) -> str:
-    """Return whether the log loss says the same of the first two as the AUC; empty without a verdict."""
-    pair = pair_of(comparison, first, second, "log_loss")
-    if pair.single:
+    """Return what the log loss says of all configurations; empty without a verdict on the first two."""
+    near = pair_of(comparison, first, second, "log_loss")
+    if near.single:
         return ""
-    if not pair.decided:
-        return f"By log loss {first.name} and {second.name} are not distinguishable."
-    interval = pair.interval
-    lower = distance(Interval(value=-interval.value, low=-interval.high, high=-interval.low))
-    return f"By log loss {pair.winner} is better{' too' * (pair.winner == first.name)}, lower by {lower}."
+    others = [pair_of(comparison, first, arm, "log_loss") for arm in ranked(comparison)[1:]]
+    level = [({pair.a, pair.b} - {first.name}).pop() for pair in others if not (pair.decided or pair.single)]
+    said = [f"{first.name} is not distinguishable from {_listed(level)}"] if level else []
+    decided = _decided(comparison, "log_loss")
+    if near.decided:
+        interval = near.interval
+        lower = distance(Interval(value=-interval.value, low=-interval.high, high=-interval.low))
+        too = " too" * (near.winner == first.name)
+        than = f" than {near.loser}" * (len(comparison.arms) > 2)
+        said.insert(0, f"{near.winner} is better{than}{too}, lower by {lower}")
+        decided = [sentence for sentence in decided if sentence != f"{near.winner} is better than {near.loser}"]
+    return f"By log loss {'; '.join([*said, *decided])}."
+
+
+def _unequal(comparison: Comparison) -> str:
+    """Return on how many samples each configuration was trained, as a sentence; empty if all numbers are equal."""
+    of_count: dict[str, list[str]] = {}
+    for arm in ranked(comparison):
+        of_count.setdefault(sample_counts(arm), []).append(arm.name)
+    if len(of_count) == 1:
+        return ""
+    listed = "; ".join(f"{', '.join(members)} {count}" for count, members in of_count.items())
+    return f" Trained on different numbers of samples: {listed}."
 
 
 def _seeds(comparison: Comparison) -> str:

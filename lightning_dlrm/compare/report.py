@@ -7,12 +7,13 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
+from lightning_dlrm.bench.breakdown import KINDS
 from lightning_dlrm.cli.report import rounded
 from lightning_dlrm.compare.anatomy import Anatomy
 from lightning_dlrm.compare.drawing import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.experiment import PlannedArm
 from lightning_dlrm.compare.ranking import answer, behind, distances, pair_of, ranked, with_spread
-from lightning_dlrm.compare.results import METRIC_TITLES, STEADY, Comparison, span
+from lightning_dlrm.compare.results import METRIC_TITLES, STEADY, Comparison, Pair, sample_counts, span
 from lightning_dlrm.compare.runs import Arm, by_data, differing, format_value
 from lightning_dlrm.compare.statistics import Score
 from lightning_dlrm.contracts.terminal import aligned, emphasized, wrapped
@@ -52,6 +53,7 @@ def write_report(
         more=more,
         ranking=_ranking(comparison),
         pairs=comparison.pairs,
+        overlapping=_overlapping(comparison),
         data=by_data(comparison.arms),
         metric_titles=METRIC_TITLES,
         optimum=names.OPTIMUM_AUC,
@@ -61,6 +63,7 @@ def write_report(
         pictures={name: [found for found in pictures if found.name == name] for name in names.COMPARISON_FIGURES},
         page_width=PAGE_WIDTH,
         operator_notes=operator_notes,
+        operators=_operators(comparison, operators or {}),
         parameters=_parameters(comparison.arms, anatomies),
         settings=[
             ["setting", *(arm.name for arm in comparison.arms)],
@@ -78,10 +81,30 @@ def _ranking(comparison: Comparison) -> list[list[str]]:
     for arm in ranked(comparison):
         is_behind = behind(comparison, arm)
         pair = pair_of(comparison, first, arm) if is_behind else None
-        verdict = "" if pair is None else {"better": "worse"}.get(pair.word, pair.word)
+        verdict = "" if pair is None else _verdict_on_loser(pair)
         scores = [with_spread(comparison, arm, metric, 4) for metric in ("auc", "log_loss")]
         rows.append([arm.name, scores[0], is_behind, verdict, scores[1]])
     return rows
+
+
+def _verdict_on_loser(pair: Pair) -> str:
+    """Return the verdict on the side with the worse mean, with its adjusted p."""
+    if pair.single:
+        return pair.word
+    return f"{'worse' if pair.decided else 'no verdict'} (p {pair.p_adjusted:.2g})"
+
+
+def _overlapping(comparison: Comparison) -> bool:
+    """Return whether two configurations differ by a verdict although their means, plus or minus the standard
+    deviations of their runs, overlap."""
+    arms = {arm.name: arm for arm in comparison.arms}
+    return any(
+        pair.decided
+        and pair.difference.paired
+        and abs(pair.interval.value)
+        < sum(np.std(comparison.values(arms[name], pair.metric), ddof=1) for name in (pair.a, pair.b))
+        for pair in comparison.pairs
+    )
 
 
 def _summary(comparison: Comparison) -> list[list[str]]:
@@ -111,12 +134,14 @@ def _costs(comparison: Comparison, anatomies: Mapping[str, Anatomy], alone: Mapp
     titles = [f"{title}{'' if comparison.steady(name) else ' (not comparable)'}" for name, title in times.items()]
     steps = ["step in training, ms", "step alone, ms"] if alone else []
     rows = [
-        ["configuration", *titles, *steps, "peak memory, GiB", "parameters", "training FLOPs per sample, dense parts"]
-    ]
+        ["configuration", "samples", *titles, *steps, "peak memory, GiB", "parameters",
+         "training FLOPs per sample, dense parts"]
+    ]  # fmt: skip
     for arm in ranked(comparison):
         rows.append(
             [
                 arm.name,
+                sample_counts(arm),
                 *(_time(comparison, arm, name) for name in times),
                 *(_steps(comparison, anatomies, arm, alone) if alone else []),
                 f"{_median(arm, names.PEAK_MEMORY) / 2**30:.2f}",
@@ -141,11 +166,13 @@ def _step_times(comparison: Comparison, anatomies: Mapping[str, Anatomy], arm: A
 
 
 def _slower(comparison: Comparison, anatomies: Mapping[str, Anatomy], alone: Mapping[str, float]) -> list[str]:
-    """Return the configurations whose steps took more than 1.5 times as long in training as alone."""
+    """Return the configurations whose steps took more than 1.5 times as long in training, in the median of the runs,
+    as alone."""
     return [
         arm.name
         for arm in ranked(comparison)
-        if arm.name in alone and max(_step_times(comparison, anatomies, arm), default=0.0) > STEADY * alone[arm.name]
+        if arm.name in alone
+        and 1e3 * anatomies[arm.name].batch_size > STEADY * alone[arm.name] * _median(arm, names.SAMPLES_PER_SECOND)
     ]
 
 
@@ -177,6 +204,14 @@ def _parameters(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy]) -> list[l
         for part in dict.fromkeys(name for counts in of_arms for name in counts):
             rows.append([f"{prefix}{part}", *(f"{counts[part]:,}" if part in counts else "-" for counts in of_arms)])
     return rows
+
+
+def _operators(comparison: Comparison, operators: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """Return the milliseconds of a step by kind of operator, a column for each measured configuration."""
+    measured = {arm.name: operators[arm.name] for arm in ranked(comparison) if arm.name in operators}
+    rows = [["milliseconds of a training step", *measured]]
+    rows += [[kind, *(f"{times[kind]:.2f}" for times in measured.values())] for kind in KINDS if measured]
+    return [*rows, ["step", *(f"{sum(times.values()):.2f}" for times in measured.values())]] if measured else rows
 
 
 def _differing(arms: Sequence[Arm] | Sequence[PlannedArm]) -> list[list[str]]:

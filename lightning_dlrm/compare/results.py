@@ -98,6 +98,11 @@ class Pair:
         return self.verdict in ("a_better", "b_better")
 
     @property
+    def worded(self) -> bool:
+        """Whether a sentence says more than that the two are not distinguishable."""
+        return self.decided or bool(self.single) or not self.same_data
+
+    @property
     def headline(self) -> str:
         """Return the verdict in a few words."""
         title = METRIC_TITLES[self.metric]
@@ -308,6 +313,11 @@ def span(arm: Arm, name: str) -> tuple[float, float]:
     """Return the smallest and the largest value of a metric at the end of a configuration's runs."""
     values = [run.final[name] for run in arm.runs if run.final.get(name) is not None]
     return min(values, default=0.0), max(values, default=0.0)
+
+
+def sample_counts(arm: Arm) -> str:
+    """Return the number of samples that a configuration's runs were trained on; both ends if it varies."""
+    return " to ".join(f"{count:,.0f}" for count in dict.fromkeys(span(arm, names.SAMPLES)))
 
 
 def check_data(runs: Sequence[Run], force: bool) -> list[str]:

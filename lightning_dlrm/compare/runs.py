@@ -81,9 +81,13 @@ class Run:
         """See ``settings_of``."""
         return settings_of(self.config)
 
-    def curve(self, x: str, y: str) -> tuple[list[float], list[float]]:
-        """Return two metrics of every logged step that has both."""
-        points = [(line[x], line[y]) for line in self.history if line.get(x) is not None and line.get(y) is not None]
+    def curve(self, x: str, y: str, first: float = 0.0) -> tuple[list[float], list[float]]:
+        """Return two metrics of every logged step that has both, from a number of samples on."""
+        points = [
+            (line[x], line[y])
+            for line in self.history
+            if line.get(x) is not None and line.get(y) is not None and line.get(names.SAMPLES, first) >= first
+        ]
         return [x for x, _ in points], [y for _, y in points]
 
 

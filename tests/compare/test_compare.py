@@ -41,6 +41,7 @@ from lightning_dlrm.compare.drawing import PAGE_WIDTH
 from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
 from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, trained_samples
+from lightning_dlrm.compare.ranking import answer, title_of
 from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import Arm, arms_of, data_differences, format_value, read_run, settings_of
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_samples
@@ -310,7 +311,9 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
         assert (value, low, high) == pytest.approx((auc["difference"], auc["low"], auc["high"]), abs=6e-4)
     first, second = (html.index(f'data-name="configuration">{name}</td>') for name in ("DLRM", "DCN"))
     assert html.index("DLRM wins") < first < second < html.index("<h2>Differences</h2>")
-    assert "<th>verdict</th>" in html and 'data-name="verdict">worse</td>' in html
+    assert "<th>verdict</th>" in html and re.search(r'data-name="verdict">worse \(p [\d.e-]+\)</td>', html)
+    # The bullets are for verdicts, and nothing is said of overlapping deviations if there are none.
+    assert "Not distinguishable:" not in html and "Two means can lie closer" not in html
 
 
 def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,7 +350,7 @@ def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
     said = " ".join(capsys.readouterr().out.split())
     assert "No verdict from one seed" not in said
     assert re.search(r"dlrm-1 wins: AUC 0\.\d+, 0\.\d+ above dcn-1 \(95% interval [^)]*\), 1 to 3 seeds\. ", said), said
-    assert "With one seed there is no verdict against wider-1. By log loss dlrm-1 is better too" in said
+    assert "With one seed there is no verdict against wider-1. By log loss dlrm-1 is better than dcn-1 too" in said
     # With verdicts for all, the differences are a table that fits a terminal.
     paths += [leave_run(third, seed, Path("out"), 0.0) for seed in (2, 3)]
     assert main(["compare", *map(str, paths), "--output", "out"]) == 0
@@ -562,20 +565,44 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
     summary = json.loads((paths[1] / "summary.json").read_text())
     summary["final"][names.TRAINING_SECONDS] *= 25
     (paths[1] / "summary.json").write_text(json.dumps(summary))
+    summary = json.loads((paths[3] / "summary.json").read_text())
+    summary["final"] |= {names.SAMPLES_PER_SECOND: 60.0, names.SAMPLES: 1000}
+    (paths[3] / "summary.json").write_text(json.dumps(summary))
     runs = [read_run(path) for path in paths]
     samples = shared_samples(runs, "test")
     scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
     comparison = compare(arms_of(runs), scores, title="t", split="test")
-    assert not comparison.steady(names.TRAINING_SECONDS) and comparison.steady(names.SAMPLES_PER_SECOND)
+    assert not comparison.steady(names.TRAINING_SECONDS) and not comparison.steady(names.SAMPLES_PER_SECOND)
+    # Unequal training is said under the answer.
+    unequal = "Trained on different numbers of samples: "
+    of_dlrm, of_dcn = "DLRM 2,000", "DCN 1,000 to 2,000"
+    _, more = answer(comparison)
+    assert more.endswith((f"{unequal}{of_dlrm}; {of_dcn}.", f"{unequal}{of_dcn}; {of_dlrm}."))
+    # The first sentence is short; the reason why there is no verdict follows it.
+    pairs = [dataclasses.replace(p, verdict="not_distinguishable", unadjusted="a_better") for p in comparison.pairs]
+    head, more = answer(dataclasses.replace(comparison, pairs=pairs))
+    assert re.fullmatch(r"No clear winner with 2 seeds each: \w+ has the highest AUC, 0\.\d{4}\.", head)
+    assert (
+        "by an interval above 0, but after adjustment for 2 comparisons 2 seeds are too few for a verdict; train more: "
+        "--seeds 1,2,3,4,5."
+    ) in more
+    # Networks give the title, each with its version.
+    config = copy.deepcopy(dict(runs[2].config))
+    config["model"]["network"]["init_args"]["cross"] = "matrix"
+    config["model"]["table_optimizer"]["class_path"] = "lightning_dlrm.Adagrad"
+    newer = Arm(name="dcnv2", runs=[dataclasses.replace(runs[2], config=config)])
+    assert title_of([*comparison.arms, newer]) == "DLRM, DCN and DCN v2, demo data"
     found_parts = {arm.name: anatomy(arm.runs[0]) for arm in comparison.arms}
     alone = {"DLRM": 1000.0, "DCN": 2000.0}
     titles, *rows = report._costs(comparison, found_parts, alone)
-    # A step of 200 samples at 100 samples/s takes 2,000 ms.
-    assert [row[titles.index("step in training, ms")] for row in rows] == ["2,000"] * 2
+    # A step of 200 samples at 100 samples/s takes 2,000 ms; that of DCN 2,500 ms in the median.
+    steps = {row[0]: row[titles.index("step in training, ms")] for row in rows}
+    assert steps == {"DLRM": "2,000", "DCN": "2,000 to 3,333"}
     assert report._slower(comparison, found_parts, alone) == ["DLRM"]
     found = {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
     title = "training, s (not comparable)"
-    assert found["DLRM"][title] == "1.00 to 25.0" and found["DLRM"]["samples/s"] == "100"
+    assert found["DLRM"][title] == "1.00 to 25.0" and found["DLRM"]["samples/s (not comparable)"] == "100"
+    assert [found[name]["samples"] for name in ("DLRM", "DCN")] == ["2,000", "1,000 to 2,000"]
     assert found["DCN"][title] == "1.00"
     drawn: dict[str, Figure] = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.stem: figure}))
@@ -610,6 +637,14 @@ def test_steps_are_taken_apart_as_they_were_trained(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(lookup, "choose", lambda kernels, *_: asked.append(kernels) or "plain")
     found, notes = breakdown(arms_of([read_run(path)]), Path("operators.json"))
     assert found["DLRM"]["matrix products"] > 0 and not notes and set(asked) == {"plain"}
+    # The kinds are those of the step of median time.
+    kind, other, *rest = anatomies.KINDS
+    of_steps = [{kind: a, other: b, **dict.fromkeys(rest, 0.0)} for a, b in ((0, 0), (1, 9), (5, 1), (2, 2))]
+    with monkeypatch.context() as patch:
+        patch.setattr(anatomies, "profile_steps", lambda *given: of_steps)
+        patch.setattr(anatomies, "by_kind", lambda step: step)
+        times = anatomies.measure(read_run(path))
+    assert (times[kind], times[other]) == (5000, 1000)
     config["trainer"]["precision"] = "bf16-true"
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     found, notes = breakdown(arms_of([read_run(path)]), Path("operators.json"))
@@ -649,6 +684,8 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
     comparison = compare(arms, scores, title="t", split="test")
     pictures = draw_all(comparison, {arm.name: anatomy(arm.runs[0]) for arm in arms}, {}, Path("figures"))
     assert {picture.name: picture.width for picture in pictures}["figure5"] == PAGE_WIDTH
+    captions = {picture.name: picture.caption for picture in pictures}
+    assert "It is first logged at 2,000 samples." in captions["auc"] and "not shown" not in captions["auc"]
     for axes, pairs in zip(drawn["differences"].axes, (comparison.pairs[:1], comparison.pairs[1:]), strict=True):
         (pair,) = pairs
         # Winner minus loser, with the better side in words: to the right for the AUC, to the left for the log loss.
@@ -657,6 +694,7 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
         left, right = (text.get_text() for text in axes.texts)
         assert (pair.interval.value > 0) == (right == "DCN better →") == (left == "← DLRM better")
         assert {text.xy[0] for text in axes.texts} == {0}
+    assert all(axes.get_xlim()[0] == 0 for axes in drawn["auc"].axes)
     for axes in drawn["auc"].axes:
         # One validation a run: marks of one size beside each other, in the panel of the training samples.
         marks = [line for line in axes.lines if line.get_fillstyle() == "none" and line.get_marker() not in ("", ".")]
@@ -675,6 +713,14 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
     # Configurations have the colours of the other figures, whatever their rank, and a lone bar is at its name.
     (lone,) = (bar for bar in above.patches if bar.get_width() == 10**6)
     assert lone.get_facecolor() == to_rgba(OKABE_ITO[0]) and lone.get_y() + lone.get_height() / 2 == 0
+    # Configurations without a bar are in the caption, not in the legend.
+    small = dataclasses.replace(other, tables={"C1": 1})
+    whole = dataclasses.replace(other, tables={f"T{k}": 9 for k in range(10)})
+    pictures = draw_all(comparison, {"DLRM": small, "DCN": whole}, {}, Path("figures"))
+    caption = {picture.name: picture.caption for picture in pictures}["parameters"]
+    assert "the 10 largest of 11 tables; DLRM: 1 table, 1 parameter, all smaller than these; below" in caption
+    legend = drawn["parameters"].axes[0].get_legend()
+    assert legend is not None and [text.get_text().split(":")[0] for text in legend.get_texts()] == ["DCN"]
 
 
 def test_what_was_found_is_logged_beside_the_runs(
