@@ -33,7 +33,7 @@ def find_config(name: str) -> Path:
     wanted = name.removesuffix(".yaml") + ".yaml"
     suggestion = nearest(wanted, known, cutoff=0.8)
     if not suggestion and "/" in name:
-        raise UserError(f"there is no file {name}; give a YAML file, or the name of a shipped configuration")
+        raise UserError(f"no configuration {name} here; give a YAML file, or a shipped name such as dlrm.yaml")
     models = [one for one in shipped_names() if "/" not in one]
     raise UserError(f"no configuration {name} here{suggestion or f'; the shipped ones are {listed(models, most=40)}'}")
 
