@@ -21,7 +21,7 @@ from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.contracts.documents import printable
 from lightning_dlrm.contracts.errors import UserError, cause_of, nearest_first, one_line, place_in_own_code, require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
-from lightning_dlrm.contracts.terminal import RED, emphasized
+from lightning_dlrm.contracts.terminal import RED, emphasized, wrapped
 
 DEBUG = "--debug"
 """Option of every command: raise errors, so that Python shows their tracebacks."""
@@ -87,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if _is_printed_here(mistake):
             message = printable(_with_paths_as_typed(str(mistake), arguments))
-            print(f"{emphasized('error:', sys.stderr, RED)} {message}", file=sys.stderr)
+            lines = wrapped([f"error: {message}"], sys.stderr)
+            print(lines.replace("error:", emphasized("error:", sys.stderr, RED), 1), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -284,7 +285,8 @@ Start here, no data needed:
   python -m lightning_dlrm fit --config dlrm.yaml
 
 With your own click log:
-  python -m lightning_dlrm preprocess --infer log.yaml --input FILE
+  python -m lightning_dlrm preprocess --infer log.yaml --label COLUMN \\
+      --input FILE
 
 Every command explains its options with --help; fit and others like it list all
 of them with --help.all. --version prints the release. With {DEBUG}, an error

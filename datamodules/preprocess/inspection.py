@@ -211,5 +211,5 @@ def _column_table(facts: Mapping[str, Any]) -> list[str]:
     if "top id" in lines[0]:
         lines.append("top id: share of the lookups of the most frequent id; 90% in: ids that take 90%")
     if kinds:
-        lines.append(f"table rows include those of {', '.join(kinds)} values; --json has their ids")
+        lines.append(f"table rows include the rows of {', '.join(kinds)} values")
     return lines

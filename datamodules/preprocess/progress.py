@@ -53,11 +53,11 @@ class StageTime:
         """Return one line.
 
         >>> print(StageTime(name="encode", rows=1_478_027, seconds=1.0, peak_bytes=4 * 10**8, disk_bytes=10**11))
-        encode     1,478,027 rows    1.0 s  1,478,027 rows/s  0.4 GB memory 100.0 GB disk
+        encode    1,478,027 rows    1.0 s 1,478,027 rows/s  0.4 GB memory 100.0 GB disk
         """
         rate = self.rows / self.seconds if self.seconds else 0.0
         return (
-            f"{_title(self.name):<7}{self.rows:>13,} rows {self.seconds:>6,.1f} s {rate:>10,.0f} rows/s "
+            f"{_title(self.name):<7}{self.rows:>12,} rows {self.seconds:>6,.1f} s {rate:>9,.0f} rows/s "
             f"{format_size(self.peak_bytes):>7} memory {format_size(self.disk_bytes):>7} disk"
         )
 

@@ -36,8 +36,8 @@ _UPDATE_NOTE = (
 )
 DEVICES = {"cpu": "on the CPU", "cuda": "on the GPU"}
 _ABOVE = {
-    "memory": "above 100% where it rises: data come from the processor's caches",
-    "arithmetic": "above 100% where it is flat: the peak, measured with one square product, is too low",
+    "memory": "above 100% where it rises: caches, or a limit that was measured too low",
+    "arithmetic": "above 100% where it is flat: the peak, of one square product, was measured too low",
 }
 """What bounds a part -> why it can be above its bound."""
 _MARK_PX = 6.0

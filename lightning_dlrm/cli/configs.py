@@ -31,8 +31,11 @@ def find_config(name: str) -> Path:
     known = [*yaml_files_beside(name), *(one for one in shipped_names() if not one.startswith(SCHEMAS))]
     # The common ending must not count as similarity.
     wanted = name.removesuffix(".yaml") + ".yaml"
-    suggestion = nearest(wanted, known, cutoff=0.8) or f"; configurations here and shipped are {listed(known, most=60)}"
-    raise UserError(f"no configuration {name} here{suggestion}")
+    suggestion = nearest(wanted, known, cutoff=0.8)
+    if not suggestion and "/" in name:
+        raise UserError(f"no configuration {name} here; give a YAML file, or a shipped name such as dlrm.yaml")
+    models = [one for one in shipped_names() if "/" not in one]
+    raise UserError(f"no configuration {name} here{suggestion or f'; the shipped ones are {listed(models, most=40)}'}")
 
 
 def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:

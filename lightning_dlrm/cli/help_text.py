@@ -8,10 +8,10 @@ from typing import Any
 from jsonargparse import DefaultHelpFormatter
 
 from lightning_dlrm.cli.classes import OFFERED_CLASSES
+from lightning_dlrm.contracts.terminal import help_width
 
 _INDENT = 24
 """Column at which the words of an option begin."""
-_WIDTH = 96
 _REWORDED = {
     "Print the configuration after applying": "print the configuration that all files and options give, and end",
     'One or more arguments specifying "class_path"': "class of the data, Criteo in the shipped configurations; its "
@@ -81,7 +81,7 @@ def readable_help(text: str) -> str:
 
 
 def _wrap(words: str) -> list[str]:
-    return textwrap.wrap(words, _WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(words, help_width() - _INDENT, break_long_words=False, break_on_hyphens=False)
 
 
 def _plain(words: str) -> str:

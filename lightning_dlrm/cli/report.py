@@ -44,7 +44,7 @@ def setup_note(network: str, schema: DatasetSchema, batch_size: int | None, trai
         batch_size: global batch size; None if the datamodule does not say it.
         trainer: trainer of the fit.
     """
-    data = "demo data" if schema.dataset == "demo" else f"dataset {schema.dataset}"
+    data = _data_words(schema)
     ranks = trainer.world_size
     if isinstance(trainer.accelerator, CUDAAccelerator):
         devices = f"{counted(ranks, 'GPU')} ({torch.cuda.get_device_name()})"
@@ -54,6 +54,10 @@ def setup_note(network: str, schema: DatasetSchema, batch_size: int | None, trai
         devices = counted(ranks, "device")
     batch = "" if batch_size is None else f", batch {batch_size:,}"
     return f"{network} on {data}{batch}, {PRECISIONS.get(str(trainer.precision), trainer.precision)}, {devices}"
+
+
+def _data_words(schema: DatasetSchema) -> str:
+    return "demo data" if schema.dataset == "demo" else f"dataset {schema.dataset}"
 
 
 def cells_note(schema: DatasetSchema) -> str:
@@ -246,10 +250,11 @@ def score_table(split: str, columns: Mapping[str, Mapping[str, float]], schema: 
     return aligned(rows)
 
 
-def evaluation_report(split: str, results: Mapping[str, float], schema: DatasetSchema, file: Path) -> str:
+def evaluation_report(model: str, split: str, results: Mapping[str, float], schema: DatasetSchema, file: Path) -> str:
     """Return the report of ``validate`` and ``test``: the scores, the numbers of groups, and where they are kept.
 
     Args:
+        model: the network and its checkpoint.
         split: the split.
         results: every metric, with the split before its name.
         schema: schema of the data.
@@ -257,7 +262,8 @@ def evaluation_report(split: str, results: Mapping[str, float], schema: DatasetS
     """
     scores = _metrics_of(split, results)
     others = {name.removeprefix(f"{split}/"): value for name, value in results.items()}
-    lines = score_table(split, {"score": scores}, schema)
+    title, *rows = score_table(split, {"score": scores}, schema)
+    lines = [f"{model}, {_data_words(schema)}", "", emphasized(title, sys.stdout), *rows]
     lines += [f"{names.title_of(name)}: {value:,}" for name, value in others.items() if name not in scores]
     return wrapped([*lines, f"kept in {shown_path(file)}"])
 

@@ -409,6 +409,7 @@ def report_evaluation(job: Job, trainer: pl.Trainer) -> None:
     """Print the metrics of ``validate`` or ``test``."""
     if trainer.is_global_zero:
         split, schema = names.VALIDATION if job.command == "validate" else names.TEST, job.datamodule.schema
-        print(evaluation_report(split, job.module.results, schema, job.folder.path / f"{job.command}.json"))
+        model = f"{type(job.module.network).__name__} of {shown_path(str(job.settings.ckpt_path))}"
+        print(evaluation_report(model, split, job.module.results, schema, job.folder.path / f"{job.command}.json"))
         for note in published_notes(job.settings.published, job.module.results, split, schema.dataset):
             print(note)

@@ -254,21 +254,23 @@ def _describe(panel: Any) -> tuple[str, str]:
     if pattern := getattr(panel, "metric_regex", None):
         # In words: N for any number, NAME for any name.
         metrics.append(pattern.replace(r"\d+", "N").replace(".*", "NAME").replace("\\", ""))
+    kind = "lines" if isinstance(panel, wr.LinePlot) else "bars"
     axes = " against ".join(filter(None, [panel.title_y, panel.title_x]))
     mean = "; mean and range of the runs with equal tags" if panel.groupby else ""
-    return panel.title or "", f"{', '.join(metrics)}{f' ({axes})' if axes else ''}{mean}"
+    return panel.title or "", f"{kind}: {', '.join(metrics)}{f' ({axes})' if axes else ''}{mean}"
 
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ dashboard.title }}</title><style>
+<title>Dashboard of {{ dashboard.title }}</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .8rem; }
 .panels div { border: 1px solid #ccc; border-radius: .4rem; padding: .6rem .8rem; min-height: 5rem; }
 .panels span { color: #444; font-size: .85rem; overflow-wrap: anywhere; display: block; }
-</style></head><body><h1>{{ dashboard.title }}</h1>
-<p>What the W&amp;B workspace and report of {{ "the group " ~ dashboard.group if dashboard.group else "this project" }}
-show, without their data.</p>
+</style></head><body><h1>Dashboard of {{ dashboard.title }}</h1>
+<p>The layout of the W&amp;B workspace and report of
+{{ "the group " ~ dashboard.group if dashboard.group else "this project" }}: title, kind and metrics of each panel,
+without data. <code>python -m lightning_dlrm dashboard</code> with the same options but --output saves both.</p>
 {% if dashboard.findings %}<ul>{% for line in dashboard.findings %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
 {% for name, words, panels in sections %}<h2>{{ name }}</h2><p>{{ words }}</p><div class="panels">
 {% for title, about in panels %}<div><strong>{{ title }}</strong><span>{{ about }}</span></div>

@@ -13,7 +13,7 @@ from datamodules.preprocess.sniffing import read_sample
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.shipped import shipped_names
+from lightning_dlrm.contracts.shipped import shipped_configs, shipped_names
 
 SCHEMAS = [name for name in shipped_names() if name.startswith("datasets/") and Path(name).stem in FORMS]
 ROWS = 2_000
@@ -83,7 +83,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_shipped_schemas_are_found_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"no schema datasets/avazo.yaml here; did you mean datasets/avazu.yaml\?"):
         read_log_schema("datasets/avazo.yaml")
-    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "mine.yaml").write_text((shipped_configs() / "datasets/avazu.yaml").read_text())
     for read in (read_log_schema, find_config):
         with pytest.raises(UserError, match=rf"no \w+ {tmp_path}/mine.yml here; did you mean {tmp_path}/mine.yaml\?"):
             read(f"{tmp_path}/mine.yml")

@@ -803,9 +803,9 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
         for tenth in range(1, 11):
             stage.reached(1234 * tenth, tenth / 10)
     *bars, last = terminal.getvalue().split("\r")
-    assert any(bar.startswith("stage    0%|") for bar in bars) and "\n" not in "".join(bars)
+    assert any(bar.startswith("read     0%|") for bar in bars) and "\n" not in "".join(bars)
     # It takes the place of the bar.
-    assert last.startswith("stage         12,340 rows ") and last.count("\n") == 1
+    assert last.startswith("read         12,340 rows ") and last.count("\n") == 1
 
 
 def test_starts_without_torch() -> None:

@@ -183,8 +183,11 @@ def test_other_averages_than_the_checkpoints_are_refused(tmp_path: Path) -> None
     ):
         with pytest.raises(UserError, match=words):
             trainer_of(tmp_path / "other", max_epochs=2).fit(module_of(averaging=averaging), ToyData(), ckpt_path=last)
-    for wrong in ({"decay": 1.5}, {"decay": 0.9, "start_share": 1.0}):
-        with pytest.raises(UserError, match="expected 0 to 1, and 0 to below 1"):
+    for wrong, words in (
+        ({"decay": 1.5}, "averaging.decay is 1.5; expected 0 to 1"),
+        ({"decay": 0.9, "start_share": 1.0}, "averaging.start_share is 1.0; expected 0, or a share"),
+    ):
+        with pytest.raises(UserError, match=words):
             Averaging(**wrong)
 
 

@@ -211,7 +211,7 @@ def test_no_panel_of_the_dashboard_is_empty(runs: list[list[dict[str, Any]]]) ->
     sections = panels_of(Dashboard(project="p"))
     panels = [panel for section in ("quality", "training", "norms", "speed") for panel in sections[section]]
     lines, bars = ([panel for panel in panels if isinstance(panel, kind)] for kind in (wr.LinePlot, wr.BarPlot))
-    assert len(lines) == 16 and len(bars) == 3
+    assert len(lines) == 17 and len(bars) == 3
     for panel in lines:
         assert {str(metric) for metric in panel.y} <= logged, panel.title
         assert panel.y or any(re.fullmatch(panel.metric_regex, key) for key in logged), panel.title
