@@ -117,7 +117,9 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
         if options.discard_checkpoints:
             shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
 
-    print(f"{len(names)} runs, {len(names) - len(jobs)} of them finished before; their output: {output / 'logs'}")
+    before = len(names) - len(jobs)
+    state = f"{len(names)} runs, {before} of them finished before" if jobs else f"all {len(names)} runs are finished"
+    print(f"{state}; their output: {output / 'logs'}")
     run_jobs(jobs, device_environments(options.parallel, _gpus(arms)), scored)
     finished = [
         Arm(name=arm.name, runs=[read_run(output / "runs" / names[arm.name, seed]) for seed in experiment.seeds])

@@ -15,17 +15,39 @@ from lightning_dlrm.cli.plan_report import PLOT_WIDTH as PLAN_WIDTH
 from lightning_dlrm.cli.plan_report import draw as draw_plan
 from lightning_dlrm.compare.anatomy import ROUNDS, STEPS, Anatomy, merge_equal
 from lightning_dlrm.compare.drawing import Drawing, Picture
+from lightning_dlrm.compare.ranking import ranked
+from lightning_dlrm.compare.results import STEADY, Comparison
 from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.tracking import names
 
 _TABLES_SHOWN = 10
 
 
+def slower(
+    comparison: Comparison, anatomies: Mapping[str, Anatomy], operators: Mapping[str, Mapping[str, float]]
+) -> list[str]:
+    """Return the configurations whose steps took more than 1.5 times as long in training, in the median of the runs,
+    as alone.
+
+    Args:
+        comparison: result of the comparison.
+        anatomies: configuration -> its anatomy.
+        operators: measured configuration -> kind of operator -> milliseconds of a step.
+    """
+    alone = {arm: sum(kinds.values()) for arm, kinds in operators.items()}
+    return [
+        arm.name
+        for arm in ranked(comparison)
+        if arm.name in alone
+        and 0 < STEADY * alone[arm.name] * arm.median(names.SAMPLES_PER_SECOND) < 1e3 * anatomies[arm.name].batch_size
+    ]
+
+
 class CostDrawing(Drawing):
     """The figures of costs."""
 
-    def cost(self) -> Picture:
-        """Draw time and memory of every run."""
+    def cost(self, comparable: bool) -> Picture:
+        """Draw time and memory of every run; times that are not comparable in grey."""
         shown = [
             (names.TRAINING_SECONDS, "seconds of training", 1.0),
             (names.SAMPLES_PER_SECOND, "samples/s", 1.0),
@@ -34,10 +56,12 @@ class CostDrawing(Drawing):
         shown = [panel for panel in shown if panel[0] == names.PEAK_MEMORY or self.comparison.steady(panel[0])]
         figure, panels = self.panels(len(shown), 0.6 + 0.26 * len(self.arms), sharey=True)
         for axes, (name, label, unit) in zip(panels, shown, strict=True):
+            grey = {} if comparable or name == names.PEAK_MEMORY else {"color": "0.7"}
             for row, arm in enumerate(self.arms):
                 values = [run.final[name] / unit for run in arm.runs if run.final.get(name) is not None]
                 if values:
-                    axes.barh(row, np.median(values), color=self.styles[arm.name]["color"], alpha=0.45, height=0.6)
+                    look = {"color": self.styles[arm.name]["color"], "alpha": 0.45} | grey
+                    axes.barh(row, np.median(values), height=0.6, **look)
                     axes.plot(values, [row] * len(values), self.styles[arm.name]["marker"], color="black", markersize=3)
             self.rows(axes, [arm.name for arm in self.arms], label)
             axes.set_xlim(left=0)
@@ -49,6 +73,7 @@ class CostDrawing(Drawing):
             "cost",
             "Time and memory" if len(shown) > 1 else "Memory",
             "A mark for each run; bars are medians. Runs at the same time share cores."
+            + " Grey: times that do not rank the configurations." * (len(shown) > 1 and not comparable)
             + (
                 ""
                 if len(shown) == 3

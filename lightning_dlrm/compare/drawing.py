@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 from lightning_dlrm.cli.palette import OKABE_ITO
 from lightning_dlrm.compare.ranking import ranked
 from lightning_dlrm.compare.results import Comparison
+from lightning_dlrm.contracts.terminal import counted
 
 LINES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 1)), (0, (5, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -30,6 +31,10 @@ PAGE_WIDTH = 7.0
 have one size."""
 NARROW_WIDTH = 3.4
 """Inches of the same figure for a phone, or for a column of print."""
+_SCORED = ("differences", "results", "calibration")
+"""Figures of the scored split."""
+_OF_ONE_RUN = ("parameters", "operators")
+"""Figures that do not depend on seeds."""
 SETTINGS: Any = {
     "font.size": 8, "axes.titlesize": 8, "legend.frameon": False, "hatch.linewidth": 0.6, "pdf.fonttype": 42,
 }  # fmt: skip
@@ -117,7 +122,26 @@ class Drawing:
         warnings = self.comparison.warnings
         return f"WARNING: different data ({'; '.join(warnings)})" if warnings else ""
 
-    def save(self, figure: Figure, name: str, title: str, caption: str) -> Picture:
+    def _source(self, name: str) -> str:
+        """Return data, split and number of seeds of a figure, as far as it depends on them."""
+        parts = [f"{' and '.join(dict.fromkeys(arm['dataset'] for arm in self.comparison.arms))} data"]
+        if name in _SCORED:
+            parts.append(f"{self.comparison.split} split")
+        if name not in _OF_ONE_RUN:
+            fewest, most = (f(len(arm.runs) for arm in self.arms) for f in (min, max))
+            parts.append(counted(most, "seed") if fewest == most else f"{fewest} to {most} seeds")
+        return ", ".join(parts)
+
+    def save(self, figure: Figure, name: str, title: str, caption: str, file: str = "") -> Picture:
+        """Write a figure, with a small line that says what it is of, because it may be shown on its own.
+
+        Args:
+            figure: the figure.
+            name: its name, in ``names.COMPARISON_FIGURES``.
+            title: its title in the report.
+            caption: text below it in the report.
+            file: name of its files without suffix, if not its name.
+        """
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(color="0.92", linewidth=0.7)
@@ -129,9 +153,17 @@ class Drawing:
                 "\n".join(textwrap.wrap(warning, int(figure.get_figwidth() * 13))), color="#D55E00", fontsize=8
             )
         figure.align_ylabels()
-        path = self.folder / f"{name}.png"
-        for file in (path, path.with_suffix(".pdf")):
-            figure.savefig(file, dpi=220, bbox_inches="tight", pad_inches=0.04)
+        # The legend stays where the layout puts it, although what is saved includes a line below the figure.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        for legend in figure.legends:
+            legend.set_bbox_to_anchor((0, 0, 1, 1), figure.transFigure)
+        figure.text(
+            1, -0.04 / figure.get_figheight(), self._source(name), ha="right", va="top", fontsize=6, color="0.4"
+        )
+        path = self.folder / f"{file or name}.png"
+        for each in (path, path.with_suffix(".pdf")):
+            figure.savefig(each, dpi=220, bbox_inches="tight", pad_inches=0.04)
         if self.comparison.warnings:
             caption += " The runs are of different data: each is scored on its own."
         return Picture(name=name, path=path, width=figure.get_figwidth(), title=title, caption=caption)

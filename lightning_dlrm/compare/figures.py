@@ -14,8 +14,9 @@ from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from lightning_dlrm.compare.anatomy import Anatomy
-from lightning_dlrm.compare.cost_figures import CostDrawing
+from lightning_dlrm.compare.cost_figures import CostDrawing, slower
 from lightning_dlrm.compare.drawing import SETTINGS, Drawing, Picture
+from lightning_dlrm.compare.ranking import is_figure5
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
 from lightning_dlrm.compare.runs import Arm
 from lightning_dlrm.compare.statistics import HIGHER_IS_BETTER, Score
@@ -54,7 +55,11 @@ def draw_all(
             drawing, costs = _ResultDrawing(comparison, folder, narrow), CostDrawing(comparison, folder, narrow)
             pictures = [drawing.differences(), drawing.curves("auc"), drawing.results()]
             pictures += [drawing.figure5(), drawing.curves("log_loss")]
-            pictures += [drawing.calibration(), costs.cost(), costs.parameters(anatomies)]
+            pictures += [
+                drawing.calibration(),
+                costs.cost(not slower(comparison, anatomies, operators)),
+                costs.parameters(anatomies),
+            ]
             if operators:
                 pictures.append(costs.operators(operators))
     return pictures + costs.plans(anatomies)
@@ -83,11 +88,13 @@ class _ResultDrawing(Drawing):
             if not self.narrow or panel is axes[-1]:
                 panel.set_xlabel("samples seen")
         self.legend(figure, [*self.marks(fillstyle=self._fill), *self._splits(), *answer])
+        paper = is_figure5(self.comparison.arms)
         return self.save(
             figure,
             "figure5",
             "Accuracy while training",
-            f"As in Figure 5 of Naumov et al. (2019): accuracy against samples seen. {self._lines()}",
+            f"{'As in Figure 5 of Naumov et al. (2019): accuracy against samples seen. ' * paper}{self._lines()}",
+            file="figure5" if paper else "accuracy",
         )
 
     def curves(self, metric: Score) -> Picture:

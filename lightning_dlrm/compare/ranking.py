@@ -39,6 +39,13 @@ def title_of(arms: Sequence[Arm]) -> str:
     return f"{_listed(networks)}{under}, {on}"
 
 
+def is_figure5(arms: Sequence[Arm]) -> bool:
+    """Return whether configurations are those of Figure 5 of Naumov et al. (2019), on its data or demo data."""
+    both = sorted((_network(arm), _class(arm, "table_optimizer")) for arm in arms)
+    data = {arm["dataset"] for arm in arms}
+    return data <= {"kaggle", "demo"} and both == [(n, rule) for n in ("DCN", "DLRM") for rule in ("Adagrad", "SGD")]
+
+
 def _class(arm: Arm, part: str) -> str:
     return str(arm.settings.get(f"model.{part}.class_path")).rpartition(".")[2]
 

@@ -10,10 +10,11 @@ import numpy as np
 from lightning_dlrm.bench.breakdown import KINDS
 from lightning_dlrm.cli.report import rounded
 from lightning_dlrm.compare.anatomy import Anatomy
+from lightning_dlrm.compare.cost_figures import slower
 from lightning_dlrm.compare.drawing import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.experiment import PlannedArm
 from lightning_dlrm.compare.ranking import answer, behind, distances, pair_of, ranked, with_spread
-from lightning_dlrm.compare.results import METRIC_TITLES, STEADY, Comparison, Pair, sample_counts, span
+from lightning_dlrm.compare.results import METRIC_TITLES, Comparison, Pair, sample_counts, span
 from lightning_dlrm.compare.runs import Arm, by_data, differing, format_value
 from lightning_dlrm.compare.statistics import Score
 from lightning_dlrm.contracts.terminal import aligned, emphasized, wrapped
@@ -59,7 +60,7 @@ def write_report(
         optimum=names.OPTIMUM_AUC,
         scores=_summary(comparison),
         costs=_costs(comparison, anatomies, alone),
-        slower=_slower(comparison, anatomies, alone),
+        slower=slower(comparison, anatomies, operators or {}),
         pictures={name: [found for found in pictures if found.name == name] for name in names.COMPARISON_FIGURES},
         page_width=PAGE_WIDTH,
         operator_notes=operator_notes,
@@ -144,7 +145,7 @@ def _costs(comparison: Comparison, anatomies: Mapping[str, Anatomy], alone: Mapp
                 sample_counts(arm),
                 *(_time(comparison, arm, name) for name in times),
                 *(_steps(comparison, anatomies, arm, alone) if alone else []),
-                f"{_median(arm, names.PEAK_MEMORY) / 2**30:.2f}",
+                f"{arm.median(names.PEAK_MEMORY) / 2**30:.2f}",
                 f"{arm[names.PARAMETERS_TOTAL]:,}",
                 f"{arm[names.FLOPS_TRAINING]:,}" if arm[names.FLOPS_TRAINING] else "unknown",
             ]
@@ -161,19 +162,8 @@ def _steps(comparison: Comparison, anatomies: Mapping[str, Anatomy], arm: Arm, a
 def _step_times(comparison: Comparison, anatomies: Mapping[str, Anatomy], arm: Arm) -> list[float]:
     """Return the milliseconds of a step in a configuration's training: the median, or, if they vary, both ends."""
     steady = comparison.steady(names.SAMPLES_PER_SECOND)
-    rates = [_median(arm, names.SAMPLES_PER_SECOND)] if steady else span(arm, names.SAMPLES_PER_SECOND)[::-1]
+    rates = [arm.median(names.SAMPLES_PER_SECOND)] if steady else span(arm, names.SAMPLES_PER_SECOND)[::-1]
     return [1e3 * anatomies[arm.name].batch_size / rate for rate in rates if rate]
-
-
-def _slower(comparison: Comparison, anatomies: Mapping[str, Anatomy], alone: Mapping[str, float]) -> list[str]:
-    """Return the configurations whose steps took more than 1.5 times as long in training, in the median of the runs,
-    as alone."""
-    return [
-        arm.name
-        for arm in ranked(comparison)
-        if arm.name in alone
-        and 1e3 * anatomies[arm.name].batch_size > STEADY * alone[arm.name] * _median(arm, names.SAMPLES_PER_SECOND)
-    ]
 
 
 def _titles(comparison: Comparison) -> dict[Score, str]:
@@ -182,13 +172,9 @@ def _titles(comparison: Comparison) -> dict[Score, str]:
 
 def _time(comparison: Comparison, arm: Arm, name: str) -> str:
     if comparison.steady(name):
-        return rounded(_median(arm, name))
+        return rounded(arm.median(name))
     ends = dict.fromkeys(rounded(value) for value in span(arm, name))
     return " to ".join(ends)
-
-
-def _median(arm: Arm, name: str) -> float:
-    return float(np.median([run.final.get(name, np.nan) for run in arm.runs]))
 
 
 def _parameters(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy]) -> list[list[str]]:
@@ -312,8 +298,8 @@ def page_of(
 
 
 def arms_table(arms: Sequence[PlannedArm], seeds: Sequence[int]) -> str:
-    """Return a table of each arm's parameters and FLOPs, and of the settings in which the arms differ."""
-    rows = [["arm", "tables", "dense", "total", "forward", "training", "samples"]]
+    """Return a table of each configuration's parameters and FLOPs, and of the settings in which they differ."""
+    rows = [["configuration", "tables", "dense", "total", "forward", "training", "samples"]]
     for arm in arms:
         size = arm.size
         counts = (f"{count:,}" for count in (size.tables, size.dense, size.total))
@@ -331,7 +317,7 @@ def arms_table(arms: Sequence[PlannedArm], seeds: Sequence[int]) -> str:
         [
             *aligned(rows),
             "tables, dense, total: parameters; forward, training: FLOPs per sample of the dense parts",
-            "samples: trained on in a run, in the same order for all arms of a seed",
+            "samples: trained on in a run, in the same order for all configurations of a seed",
             "",
             "what differs:",
             *differ,
@@ -351,7 +337,7 @@ def closing_words(comparison: Comparison, output: Path) -> str:
     steady = comparison.steady(names.SAMPLES_PER_SECOND)
     for arm in ranked(comparison):
         values = (f"{np.mean(comparison.values(arm, name)):.5f}" for name in columns)
-        speed = rounded(_median(arm, names.SAMPLES_PER_SECOND)) if steady else ""
+        speed = rounded(arm.median(names.SAMPLES_PER_SECOND)) if steady else ""
         course = _mean_course(arm, f"{names.VALIDATION}/auc")
         # One value is no course.
         rows.append([arm.name, *values, speed, sparkline(course, SPARK_WIDTH) if len(course) > 1 else ""])

@@ -8,6 +8,8 @@ from numbers import Number
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.contracts.documents import parse_json, read_json, read_yaml
@@ -116,6 +118,10 @@ class Arm:
         run = self.runs[0]
         found = json.dumps(run.config.get("published") or [])
         return parse_json(found, list[PublishedScore], f"published in {run.path / CONFIG}", "correct it there")
+
+    def median(self, name: str) -> float:
+        """Return the median over the runs of a number at their end; NaN if one of them lacks it."""
+        return float(np.median([run.final.get(name, np.nan) for run in self.runs]))
 
     def __getitem__(self, name: str) -> Any:
         """Return a number that does not depend on the seed, such as ``parameters/total``."""

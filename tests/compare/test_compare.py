@@ -37,11 +37,12 @@ from lightning_dlrm.compare import anatomy as anatomies
 from lightning_dlrm.compare import command as comparing
 from lightning_dlrm.compare import processes, report
 from lightning_dlrm.compare.anatomy import anatomy, breakdown
+from lightning_dlrm.compare.cost_figures import slower
 from lightning_dlrm.compare.drawing import PAGE_WIDTH
 from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
 from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, trained_samples
-from lightning_dlrm.compare.ranking import answer, title_of
+from lightning_dlrm.compare.ranking import answer, is_figure5, title_of
 from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import Arm, arms_of, data_differences, format_value, read_run, settings_of
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_samples
@@ -291,7 +292,7 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
     figures, narrow = (
         {path.stem for path in folder.glob("*.png")} for folder in (output / "figures", output / "figures/narrow")
     )
-    assert {"figure5", "auc", "log_loss", "calibration", "cost", "parameters", "operators"} <= figures
+    assert {"accuracy", "auc", "log_loss", "calibration", "cost", "parameters", "operators"} <= figures
     # A phone has figures of its own width, and no table that is wider than it.
     assert narrow == figures and html.count("data:image/png;base64,") == 2 * len(figures)
     assert html.count("<source media=") == len(figures) and html.count('class="cards"') == html.count("<table") - 1
@@ -312,7 +313,6 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
     first, second = (html.index(f'data-name="configuration">{name}</td>') for name in ("DLRM", "DCN"))
     assert html.index("DLRM wins") < first < second < html.index("<h2>Differences</h2>")
     assert "<th>verdict</th>" in html and re.search(r'data-name="verdict">worse \(p [\d.e-]+\)</td>', html)
-    # The bullets are for verdicts, and nothing is said of overlapping deviations if there are none.
     assert "Not distinguishable:" not in html and "Two means can lie closer" not in html
 
 
@@ -592,13 +592,22 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
     config["model"]["table_optimizer"]["class_path"] = "lightning_dlrm.Adagrad"
     newer = Arm(name="dcnv2", runs=[dataclasses.replace(runs[2], config=config)])
     assert title_of([*comparison.arms, newer]) == "DLRM, DCN and DCN v2, demo data"
+    four = [
+        Arm(name=rule, runs=[dataclasses.replace(run, config=copy.deepcopy(dict(run.config)))])
+        for run in (runs[0], runs[2])
+        for rule in ("SGD", "Adagrad")
+    ]
+    for arm in four:
+        arm.runs[0].config["model"]["table_optimizer"]["class_path"] = f"lightning_dlrm.{arm.name}"
+    assert is_figure5(four)
     found_parts = {arm.name: anatomy(arm.runs[0]) for arm in comparison.arms}
     alone = {"DLRM": 1000.0, "DCN": 2000.0}
     titles, *rows = report._costs(comparison, found_parts, alone)
     # A step of 200 samples at 100 samples/s takes 2,000 ms; that of DCN 2,500 ms in the median.
     steps = {row[0]: row[titles.index("step in training, ms")] for row in rows}
     assert steps == {"DLRM": "2,000", "DCN": "2,000 to 3,333"}
-    assert report._slower(comparison, found_parts, alone) == ["DLRM"]
+    of_steps = {name: {"matrix products": time} for name, time in alone.items()}
+    assert slower(comparison, found_parts, of_steps) == ["DLRM"]
     found = {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
     title = "training, s (not comparable)"
     assert found["DLRM"][title] == "1.00 to 25.0" and found["DLRM"]["samples/s (not comparable)"] == "100"
@@ -684,7 +693,11 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
     comparison = compare(arms, scores, title="t", split="test")
     pictures = draw_all(comparison, {arm.name: anatomy(arm.runs[0]) for arm in arms}, {}, Path("figures"))
     assert {picture.name: picture.width for picture in pictures}["figure5"] == PAGE_WIDTH
+    # A figure says on its own what it is of, and names the paper only for the paper's configurations.
+    sources = [drawn[name].texts[-1].get_text() for name in ("results", "accuracy", "parameters")]
+    assert sources == ["demo data, test split, 1 seed", "demo data, 1 seed", "demo data"]
     captions = {picture.name: picture.caption for picture in pictures}
+    assert "Naumov" not in captions["figure5"] and not is_figure5(arms)
     assert "It is first logged at 2,000 samples." in captions["auc"] and "not shown" not in captions["auc"]
     for axes, pairs in zip(drawn["differences"].axes, (comparison.pairs[:1], comparison.pairs[1:]), strict=True):
         (pair,) = pairs
