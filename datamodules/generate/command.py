@@ -16,6 +16,7 @@ from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
+from lightning_dlrm.contracts.shipped import shipped_names
 from lightning_dlrm.contracts.terminal import command_after, command_line, counted, wrapped
 
 GENERATE_HELP = "generate data: demo data with a known best score, random data, traces, raw text"
@@ -403,6 +404,11 @@ def _run_log(args: argparse.Namespace) -> int:
         print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
     scores = f"AUC {made.best.auc:.4f}, log loss {made.best.log_loss:.4f}"
     print(wrapped([f"{args.rows:,} rows; best scores any model can reach on all of them: {scores}"]))
+    schema, files = f"datasets/{args.form}.yaml", ["--input", *map(str, made.files)]
+    words = ["--schema", schema, *files, "--output", "DIR"]
+    if schema not in shipped_names():
+        words = ["--infer", "FILE.yaml", "--label", "clicked", *files]
+    print(command_after("preprocess them:", command_line("preprocess", *words)))
     return 0
 
 
