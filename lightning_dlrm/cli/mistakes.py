@@ -97,8 +97,8 @@ def _explain_value(key: str, value: str, message: str) -> str | None:
         allowed = [name for name in allowed if name in PRECISIONS]
     if len(allowed) == 1:
         return f"{key} is {value}; expected {allowed[0]}"
-    if allowed and "Expected a <class 'int'>" in message:
-        return f"{key} is {value}; expected a whole number, or {' or '.join(allowed)}"
+    if allowed == ["true", "false"] and "Expected a <class 'int'>" in message:
+        return f"{key} is {value}; expected a whole number, true or false"
     if allowed:
         return f"{key}: {value} is not one of {', '.join(allowed)}"
     if match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message):
