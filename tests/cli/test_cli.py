@@ -401,7 +401,10 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["fit", "--config", "dlrm.yaml", "--wandb.log_model", "maybe"], "log_model: maybe is not one of true, false"),
         (["fit", "--config", "dlrm.yaml", "--trainer.devices", "2"], "needs --trainer.strategy embedding_sharded_ddp"),
         (["fit", "--config", "dlrm.yaml", "--trainer.precision", "foo"], "trainer.precision: foo is not one of"),
-        (["fit", "--config", "dlrm.yaml", "--seed_everything", "abc"], "seed_everything is abc; expected a whole number, true"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--seed_everything", "abc"],
+            "seed_everything is abc; expected a whole number, true",
+        ),
         (["fit", "--config", "dlrm.yaml", "--trainer.precision", "16-mixed"], "use bf16-mixed"),
         (["fit", "--config", "dlrm.yaml", "--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val is -1"),
         (["fit", "--config", "dlrm.yaml", "--trainer.val_check_interval", "0.5"], "should be an integer"),
