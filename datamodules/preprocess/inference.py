@@ -152,7 +152,7 @@ def _split(
                 "by": "time",
                 "column": column.name,
                 "ratios": list(_RATIOS),
-            }, "later rows are for test, as in production"
+            }, "later rows are for validation and test, as in production"
     return (
         {"by": "random", "seed": 0, "ratios": list(_RATIOS)},
         "no column of times can split the rows; if the rows are in the order of time, use {by: position, ratios: [0.8, "
