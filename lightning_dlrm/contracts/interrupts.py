@@ -12,7 +12,8 @@ def exit_on_signals() -> Iterator[list[int]]:
 
     SIGHUP does what SIGTERM does: a library within the context may set a handler of SIGTERM that calls the one it has
     found, and ends the work at a better moment, as Lightning does. A signal that the process ignored at its start, such
-    as SIGHUP under ``nohup``, stays ignored. In other threads than the main one this has no effect.
+    as SIGHUP under ``nohup``, stays ignored. The handler of SIGINT, which the work may replace, is restored too. In
+    other threads than the main one this has no effect.
 
     Returns:
         The signals received so far.
@@ -35,7 +36,8 @@ def exit_on_signals() -> Iterator[list[int]]:
         yield received
         return
     handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, handle) for number in handled}
+    previous = {signal.SIGINT: signal.getsignal(signal.SIGINT)}
+    previous |= {number: signal.signal(number, handle) for number in handled}
     try:
         yield received
     finally:

@@ -212,11 +212,13 @@ class StopAtAUC(pl.Callback):
 
 
 class StopOnSignal(pl.Callback):
-    """Callback that ends a command after SIGTERM or SIGUSR1, on all ranks after the same batch.
+    """Callback that ends a command after SIGTERM or SIGUSR1, on all ranks after the same batch; with several ranks after
+    SIGINT too.
 
     A fit is saved first: at the end of the optimizer step or, if a validation is due there, at the checkpoint before
     it. Lightning ends a fit on SIGTERM without saving it. With several ranks its handler broadcasts, which blocks if
-    the signal comes amid another collective; so there this callback takes the signal.
+    the signal comes amid another collective, and SIGINT to one rank would reach the others as a lost connection; so
+    there this callback takes both signals. A second SIGINT interrupts at once.
 
     Args:
         checkpoints: the callback that saves the fit; None if nothing is to be saved.
@@ -235,12 +237,17 @@ class StopOnSignal(pl.Callback):
         """Note a signal; a handler for ``signal.signal``. SIGUSR1 counts more than others."""
         if self._received != signal.SIGUSR1:
             self._received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
+            return
         # Lightning has set its handler by now, and restores the handler of before at the end.
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if trainer.world_size > 1 and in_main_thread and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
             signal.signal(signal.SIGTERM, self.receive)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler and not self._received:
+            signal.signal(signal.SIGINT, self.receive)
 
     on_validation_start = on_test_start = on_predict_start = on_train_start
 

@@ -191,29 +191,35 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(kills: int, steps:
 SHARDED = ["--trainer.strategy=embedding_sharded_ddp", "--trainer.accelerator=cpu", "--trainer.devices=2"]
 
 
-@pytest.mark.slow
+OF_ONE_RANK = [(1, [signal.SIGINT])]
+OF_RANKS = [
+    *itertools.product([0, 1], [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT]]),
+    *((None, [sent]) for sent in SIGNALS),
+    (None, [signal.SIGINT, signal.SIGTERM]),
+]
+
+
 @pytest.mark.dist
-def test_ranks_end_together_after_a_signal_to_one_of_them_or_to_all() -> None:
+@pytest.mark.parametrize("cases", [OF_ONE_RANK, pytest.param(OF_RANKS, marks=pytest.mark.slow)])
+def test_ranks_end_together_after_signals_to_one_of_them_or_to_all(cases: list[tuple[int | None, list[int]]]) -> None:
     fit = [*CHAOS, *SHARDED, "--trainer.max_epochs=-1", "--trainer.max_steps=1000", "--resume=auto"]
     draw = random.Random(3)
-    for to_all, sent in [
-        (True, signal.SIGTERM),
-        (False, signal.SIGTERM),
-        (True, signal.SIGHUP),
-        (False, signal.SIGHUP),
-    ]:
+    for rank, sent in cases:
         processes = start([*fit, "--run_dir", str(Path("run").absolute())], 2)
         logged = lines_of("run")
         while lines_of("run") == logged and processes[0].poll() is None:
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 1.5))
-        signalled = processes if to_all else processes[:1]
-        # Each rank has its own signal before another rank can tell it of one.
-        for number in (signal.SIGSTOP, sent, signal.SIGCONT):
-            for process in signalled:
+        # Each rank has its own signals before another rank can tell it of one.
+        for number in (signal.SIGSTOP, *sent, signal.SIGCONT):
+            for process in processes if rank is None else [processes[rank]]:
                 process.send_signal(number)
         said = [process.communicate(timeout=40)[0] for process in processes]
-        assert [process.returncode for process in processes] == [SIGNALS[sent], SIGNALS[sent if to_all else 15]], said
+        codes = [SIGNALS[max(sent)]] * 2
+        if sent == [signal.SIGHUP] and rank is not None:
+            # The others learn of it as of SIGTERM.
+            codes[1 - rank] = SIGNALS[signal.SIGTERM]
+        assert [process.returncode for process in processes] == codes, said
         assert "continue with: python -m lightning_dlrm" in said[0] and not left_over(Path("run"))
 
 
