@@ -212,8 +212,9 @@ class StopAtAUC(pl.Callback):
 
 
 class StopOnSignal(pl.Callback):
-    """Callback that ends a command after SIGTERM or SIGUSR1, with several ranks after SIGINT too, on all ranks after the
-    same batch.
+    """Callback that ends a command after SIGTERM or SIGUSR1, on all ranks after the same batch.
+
+    With several ranks it does so after SIGINT too.
 
     A fit is saved first: at the end of the optimizer step or, if a validation is due there, at the checkpoint before
     it. Lightning ends a fit on SIGTERM without saving it. With several ranks its handler broadcasts, which blocks if
