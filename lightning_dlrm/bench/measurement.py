@@ -181,7 +181,12 @@ Key = TypeVar("Key")
 
 
 def time_rounds(
-    contenders: Mapping[Key, Callable[[], object]], rounds: int, *, warm_up: int = 0, steps: int = 1
+    contenders: Mapping[Key, Callable[[], object]],
+    rounds: int,
+    *,
+    warm_up: int = 0,
+    steps: int = 1,
+    repeated: bool = False,
 ) -> dict[Key, list[float]]:
     """Time contenders in rounds.
 
@@ -193,6 +198,8 @@ def time_rounds(
         rounds: number of rounds that count.
         warm_up: number of rounds before them that do not count.
         steps: number of equal steps that a contender makes in a round.
+        repeated: call each contender twice in a round and time the second call, because the first finds the data of
+            other contenders in the processor's caches.
 
     Returns:
         Name -> seconds of one step in each round.
@@ -200,6 +207,8 @@ def time_rounds(
     seconds: dict[Key, list[float]] = {name: [] for name in contenders}
     for round_ in range(warm_up + rounds):
         for name in list(contenders)[:: 1 if round_ % 2 == 0 else -1]:
+            if repeated:
+                contenders[name]()
             start = time.perf_counter()
             contenders[name]()
             if round_ >= warm_up:
