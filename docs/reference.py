@@ -107,7 +107,7 @@ def described(parser: argparse.ArgumentParser) -> str:
 
 def plain_command(name: str) -> str:
     module, add_arguments, _ = entry._PLAIN[name]
-    parser = argparse.ArgumentParser(prog=f"python -m lightning_dlrm {name}", description=entry.COMMANDS[name])
+    parser = entry.PlainParser(prog=f"python -m lightning_dlrm {name}", description=entry.COMMANDS[name])
     getattr(importlib.import_module(module), add_arguments)(parser)
     parts = [f"## {name}\n\n{described(parser)}"]
     choices: list[argparse._SubParsersAction] = [
@@ -116,6 +116,7 @@ def plain_command(name: str) -> str:
     if not choices:
         return parts[0] + option_table(parser._actions) + "\n"
     for work, inner in choices[0].choices.items():
+        inner.complete()
         inner = import_parser() if (name, work) == ("checkpoint", "import") else inner
         parts.append(f"### {name} {work}\n\n{described(inner)}{option_table(inner._actions)}\n")
     return "\n".join(parts)

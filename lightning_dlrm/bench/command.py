@@ -1,13 +1,18 @@
-"""The command ``bench``: each benchmark is a subcommand with a module of its own."""
+"""The command ``bench``: each benchmark is a subcommand with a module of its own, which imports torch. The list of
+benchmarks is shown without them."""
 
 import argparse
 import importlib
 import json
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning_dlrm.bench.measurement import Measurement, machine, render
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.terminal import wrapped
+
+if TYPE_CHECKING:
+    from lightning_dlrm.bench.measurement import Measurement
 
 WORKS: dict[str, str] = {
     "lookup": "the tables alone: lookup, backward, update",
@@ -29,19 +34,22 @@ _ON_CPUS = ("loader", "preprocess")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the benchmarks and their options to a parser; ``run`` takes the parsed options."""
+    """Add the benchmarks to a parser, a ``PlainParser``; ``run`` takes the parsed options."""
     works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
     for name, text in WORKS.items():
-        module = importlib.import_module(f"lightning_dlrm.bench.{name}")
-        work = works.add_parser(name, help=text, description=module.DESCRIPTION)
-        module.add_arguments(work)
-        if name in _ON_CPUS:
-            # Scripts may call every benchmark with the same options.
-            work.add_argument("--device", default="cpu", choices=("cpu",), help="cpu only")
-            work.add_argument("--precision", default="32-true", choices=("32-true",), help="32-true only")
-        work.add_argument(
-            "--json", type=Path, metavar="FILE", help="also write the rows to a file, as a list of objects"
-        )
+        works.add_parser(name, help=text, add_options=partial(_add_options, name))
+
+
+def _add_options(work: str, parser: argparse.ArgumentParser) -> None:
+    """Add the options of a benchmark to its parser."""
+    module = importlib.import_module(f"lightning_dlrm.bench.{work}")
+    parser.description = module.DESCRIPTION
+    module.add_arguments(parser)
+    if work in _ON_CPUS:
+        # Scripts may call every benchmark with the same options.
+        parser.add_argument("--device", default="cpu", choices=("cpu",), help="cpu only")
+        parser.add_argument("--precision", default="32-true", choices=("32-true",), help="32-true only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to a file, as a list of objects")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: an option is out of range, or a file cannot be read or written.
     """
+    from lightning_dlrm.bench.measurement import machine, render
+
     if args.json is not None and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
     print(wrapped([machine()]))
@@ -66,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(path: Path, rows: list[Measurement]) -> None:
+def _write(path: Path, rows: "list[Measurement]") -> None:
     try:
         path.write_text(json.dumps([row.row() for row in rows], indent=1) + "\n")
     except OSError as error:

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -24,10 +24,30 @@ class HelpParser(argparse.ArgumentParser):
 
 
 class PlainParser(HelpParser):
-    """A parser that raises UserError. Its subcommands have parsers of the same class."""
+    """A parser that raises UserError. Its subcommands have parsers of the same class.
+
+    Args:
+        add_options: adds the options to this parser; called when they are first needed, because it may import much.
+        options: options of ``HelpParser``.
+    """
+
+    def __init__(self, add_options: Callable[[argparse.ArgumentParser], None] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._add_options = add_options
+
+    def complete(self) -> None:
+        """Add the options, if they are not yet there."""
+        if self._add_options is not None:
+            add_options, self._add_options = self._add_options, None
+            add_options(self)
+
+    def format_help(self) -> str:
+        self.complete()
+        return super().format_help()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse arguments; refuse unknown ones here, where the options of a subcommand are known."""
+        self.complete()
         found, rest = super().parse_known_args(args, namespace)
         if rest:
             self.error(f"unknown {_noun(rest[0])} {rest[0]}{nearest(rest[0], self._known())}")
