@@ -26,6 +26,9 @@ _UNEVEN = 1.1
 
 log = logging.getLogger("lightning_dlrm")
 
+DEMO = "demo"
+"""The path that stands for demo data."""
+
 _STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
@@ -313,5 +316,11 @@ class Clicks(FolderData):
 
     def __init__(self, path: str | Path, **options: Any) -> None:
         require_options(self, list(options))
+        # dlrm.yaml and other configurations give it to the class Criteo; an overlay with this class keeps the path.
+        require(
+            str(path) != DEMO or Path(DEMO).exists(),
+            "data.path is missing: give --data.path DIR, a folder made by preprocess (demo data are for the class "
+            "Criteo)",
+        )
         super().__init__(path, **options)
         self.path = path

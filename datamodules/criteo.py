@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.clicks import Clicks
+from datamodules.clicks import DEMO, Clicks
 from datamodules.generate.demo import DemoSettings, demo_folder, demo_schema, generate_demo
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import DatasetSchema
-
-DEMO = "demo"
 
 
 class Criteo(Clicks):

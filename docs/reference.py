@@ -59,8 +59,9 @@ SHARED_HEAD = """\
 ## Options of every command with a configuration
 
 `fit`, `validate`, `test`, `predict`, `params` and `plan` take these options, `--trust MODULE`, and every key of a
-configuration ([Configuration keys](configuration.md)); `params` and `plan` open no checkpoint. `validate` and `test`
-also take `--verbose true`, which prints Lightning's table of metrics.
+configuration ([Configuration keys](configuration.md)). `params` and `plan` train nothing and open no checkpoint: of
+these they take `--config`, `--print_config` and `--seed_everything`, and read the others in the config.yaml of a run.
+`validate` and `test` also take `--verbose true`, which prints Lightning's table of metrics.
 
 """
 

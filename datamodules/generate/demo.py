@@ -132,18 +132,21 @@ _WORDS_PER_ROW = (len(KAGGLE_DENSE) + len(KAGGLE_CATEGORICAL) + 1 + 1) // 2
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Settings of demo data. The defaults are those of ``--data.path demo``."""
+    """Settings of demo data. The defaults are those of ``--data.path demo``.
+
+    Args:
+        train_rows: Rows of the training split.
+        validation_rows: Rows of the validation split.
+        test_rows: Rows of the test split.
+        seed: Seed of the planted model and of the rows, from 0 to 2**64 - 1.
+        max_table_rows: Most rows of a table; None for the sizes of Criteo Kaggle.
+    """
 
     train_rows: int = 2_097_152
-    """Rows of the training split."""
     validation_rows: int = 262_144
-    """Rows of the validation split."""
     test_rows: int = 131_072
-    """Rows of the test split."""
     seed: int = 0
-    """Of the planted model and of the rows, 0 to 2**64 - 1."""
     max_table_rows: int | None = None
-    """Most rows a table may have; None for Kaggle's own sizes."""
 
     def __post_init__(self) -> None:
         counts = ("train_rows", "validation_rows", "test_rows")

@@ -6,6 +6,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_dlrm.contracts.errors import shown_path
+from lightning_dlrm.contracts.terminal import aligned, binary_size, counted
+
 if TYPE_CHECKING:
     # Imported when they are needed: help starts without torch.
     from lightning_dlrm.sharding.checkpoint import CheckpointReader
@@ -82,9 +85,15 @@ def run(args: argparse.Namespace) -> int:
         if args.verify:
             reader.verify()
         found = info(reader)
-        print(json.dumps(found, indent=1) if args.json else _describe(found))
-        if args.verify and not args.json:
-            print("every file's checksum is right and every value is finite")
+        if args.json:
+            print(json.dumps(found, indent=1))
+            return 0
+        print(_describe(found))
+        print(
+            "every file's checksum is right and every value is finite"
+            if args.verify
+            else "checksums were not compared: --verify compares them"
+        )
         return 0
     bounds = None if args.work == "merge" else _bounds(CheckpointReader(source), args)
     with lock_run_of(args.output):
@@ -94,11 +103,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def info(reader: "CheckpointReader") -> dict[str, Any]:
-    """Return what the manifest of a checkpoint says, without opening its tensors."""
+    """Return what the manifest of a checkpoint says, without opening its files."""
     tables = reader.manifest.tables
     return {
+        "path": shown_path(reader.folder),
         "header": dict(reader.header),
-        "bytes": reader.manifest.rest.bytes + sum(part.bytes for entry in tables.values() for part in entry.pieces),
+        "bytes": reader.manifest.bytes,
+        "files": 1 + sum(len(entry.pieces) for entry in tables.values()),
         "tables": {
             name: {
                 "shapes": {slot: list(shape) for slot, shape in entry.shapes.items()},
@@ -113,27 +124,27 @@ def info(reader: "CheckpointReader") -> dict[str, Any]:
 def _describe(found: dict[str, Any]) -> str:
     # The first digits of a fingerprint, as inspect shows them.
     facts = {
-        name: str(value)[:16] if name.endswith("fingerprint") else value for name, value in found["header"].items()
+        name: str(value)[:16] if name.endswith("fingerprint") else f"{value:,}" if type(value) is int else value
+        for name, value in found["header"].items()
     }
-    lines = [f"{name.replace('_', ' '):22s}{value}" for name, value in facts.items()]
-    lines += [f"{'size':22s}{found['bytes'] / 2**20:,.1f} MiB", ""]
-    rows = [("table", "rows", "width", "pieces", "MiB", "optimizer state")]
+    facts["size"] = f"{binary_size(found['bytes'])} in {counted(found['files'], 'file')}"
+    lines = [found["path"], *(f"{name.replace('_', ' '):22s}{value}" for name, value in facts.items()), ""]
+    rows = [("table", "rows", "width", "pieces", "size", "optimizer state")]
     for name, table in found["tables"].items():
         shape = table["shapes"]["weight"]
         slots = ", ".join(slot for slot in table["shapes"] if slot != "weight")
-        mib = f"{table['bytes'] / 2**20:,.1f}"
-        rows.append((name, f"{shape[0]:,}", str(shape[1]), str(len(table["pieces"])), mib, slots or "none"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(lines)
+        size, pieces = binary_size(table["bytes"]), f"{len(table['pieces']):,}"
+        rows.append((name, f"{shape[0]:,}", str(shape[1]), pieces, size, slots or "none"))
+    return "\n".join([*lines, *aligned(rows, left=(0, 5)), ""])
 
 
 def _bounds(reader: "CheckpointReader", args: argparse.Namespace) -> dict[str, list[int]]:
-    from lightning_dlrm.sharding.balance import make_plan
+    from lightning_dlrm.sharding.balance import check_ranks, make_plan
     from lightning_dlrm.sharding.plan import read_plan
 
     tables = reader.manifest.tables
     if args.plan is None:
+        check_ranks(args.ranks, "--ranks")
         plan = make_plan([_load(reader, name, entry) for name, entry in tables.items()], args.ranks, _BALANCED_FOR)
     else:
         plan = read_plan(args.plan)

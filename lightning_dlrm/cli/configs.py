@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from lightning_dlrm.contracts.documents import YAML_FAULTS, read_yaml
-from lightning_dlrm.contracts.errors import UserError, listed, nearest, one_line, require
+from lightning_dlrm.contracts.documents import YAML_FAULTS, read_yaml, yaml_fault
+from lightning_dlrm.contracts.errors import UserError, listed, nearest, require
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names, yaml_files_beside
 from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
@@ -51,7 +51,7 @@ def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
     except UserError:
         raise
     except (*YAML_FAULTS, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"an option is not YAML: {one_line(error)}") from error
+        raise UserError(f"an option is not YAML: {yaml_fault(error)}") from error
     log_updates("command line", notes)
     for i, argument in enumerate(resolved):
         if argument in ("--config", "-c") and i + 1 < len(resolved):
@@ -78,6 +78,17 @@ def _resolve_run_config(name: str) -> str:
     return yaml.safe_dump(document, sort_keys=False) if notes else str(path)
 
 
+def given_configs(arguments: Sequence[str]) -> list[str]:
+    """Return the configurations among the arguments of a command line, as they are typed."""
+    names = []
+    for option, value in itertools.pairwise([*arguments, ""]):
+        if option in ("--config", "-c"):
+            names.append(value)
+        elif option.startswith("--config="):
+            names.append(option.removeprefix("--config="))
+    return names
+
+
 def file_with_key(arguments: Sequence[str], key: str) -> str | None:
     """Return the last configuration among the arguments that has a key; None if an option has it, or no file.
 
@@ -88,9 +99,7 @@ def file_with_key(arguments: Sequence[str], key: str) -> str | None:
     options = [argument.partition("=")[0] for argument in arguments]
     if any(f".{option.removeprefix('--')}".endswith(f".{key}") for option in options if option.startswith("--")):
         return None
-    names = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
-    names += [value for option, value in itertools.pairwise(arguments) if option in ("--config", "-c")]
-    for name in reversed(names):
+    for name in reversed(given_configs(arguments)):
         keys = (f".{found.replace('.init_args', '')}" for found in flat(read_yaml(find_config(name))))
         if any(found.endswith(f".{key}") or found.startswith(f".{key}.") for found in keys):
             return name

@@ -28,8 +28,51 @@ _OWN_WORDS = {
     "trainer.num_nodes": "number of machines",
     "trainer.precision": "32-true, bf16-mixed, bf16-true or 64-true; null for 32-true. 32, bf16 and 64 are short names",
     "trainer.logger": "loggers in place of W&B; false for none. A fit also writes metrics.jsonl",
+    "trainer.callbacks": "callbacks to add, as a list; --trainer.callbacks+=EarlyStopping adds one",
+    "trainer.fast_dev_run": "run only this number of batches of each kind (true for 1), to find mistakes; nothing is "
+    "logged or saved",
+    "trainer.max_epochs": "end the fit after this number of epochs; -1 for no limit; null for no limit if max_steps is "
+    "given, else for 1,000",
+    "trainer.min_epochs": "train this number of epochs at least, even if a callback would end the fit earlier",
+    "trainer.max_steps": "end the fit after this number of optimizer steps; -1 for no limit",
+    "trainer.min_steps": "train this number of optimizer steps at least, even if a callback would end the fit earlier",
+    "trainer.max_time": "end the fit after this time, as days:hours:minutes:seconds, such as 00:01:30:00",
+    "trainer.limit_train_batches": "batches of a training epoch: a number, or a share such as 0.1; null for all",
+    "trainer.limit_val_batches": "batches of a validation: a number, or a share such as 0.1; null for all; 0 for no "
+    "validations",
+    "trainer.limit_test_batches": "batches that test scores: a number, or a share such as 0.1; null for all",
+    "trainer.limit_predict_batches": "batches that predict scores: a number, or a share such as 0.1; null for all",
+    "trainer.overfit_batches": "train on this number or share of batches, the same in every epoch; 0 for all",
+    "trainer.val_check_interval": "validate after this number of batches, or after this share of an epoch, such as "
+    "0.5; null for an epoch",
+    "trainer.check_val_every_n_epoch": "validate only in every nth epoch; null counts the batches of "
+    "val_check_interval across epochs",
+    "trainer.num_sanity_val_steps": "batches of a validation before the first step; -1 for all",
+    "trainer.log_every_n_steps": "log training metrics every n optimizer steps; null for 50",
+    "trainer.enable_checkpointing": "false saves no checkpoints",
+    "trainer.enable_progress_bar": "false shows no progress bar",
+    "trainer.enable_model_summary": "true prints Lightning's table of the model's parts",
+    "trainer.accumulate_grad_batches": "number of batches whose gradients an optimizer step adds up",
+    "trainer.gradient_clip_val": "largest norm, or absolute value, of gradients, to which larger ones are clipped; null "
+    "or 0 for no clipping",
+    "trainer.gradient_clip_algorithm": "norm or value: what gradient_clip_val limits; null for norm",
+    "trainer.deterministic": "true uses only deterministic operators of torch; warn warns about others",
+    "trainer.benchmark": "let cuDNN choose the fastest of its convolutions, by timing them",
+    "trainer.inference_mode": "evaluate with torch.inference_mode; false for torch.no_grad",
+    "trainer.use_distributed_sampler": "give each rank its part of the samples of your own DataLoaders; the data "
+    "classes of this project do so themselves",
+    "trainer.profiler": "simple, advanced or pytorch, or a class: measure the time of each part of a fit",
+    "trainer.detect_anomaly": "end the fit at a gradient that is NaN, and name the operation behind it; slow",
+    "trainer.barebones": "turn off logging, checkpoints, bars and profiling, to time Lightning itself",
+    "trainer.plugins": "plugins of Lightning, such as one for a cluster, as a list",
+    "trainer.sync_batchnorm": "batch normalization uses the samples of all ranks",
+    "trainer.reload_dataloaders_every_n_epochs": "0; other numbers are refused, as each epoch has a new order anyway",
+    "trainer.default_root_dir": "folder of files that Lightning writes; null for the run folder",
+    "trainer.enable_autolog_hparams": "give the module's hyperparameters to the loggers; W&B gets the configuration "
+    "in any case",
+    "trainer.model_registry": "name of the model in Lightning's registry; has no effect here",
 }
-"""Option -> its words, in place of Lightning's, which offer what is refused here."""
+"""Option -> its words, in place of Lightning's, which describe its Python API and offer what is refused here."""
 _TAKEN_FROM_THE_FIT = r"  --model\.schedule\.(?:optimizer|total_steps) .*\n(?: {24}.*\n)*"
 _LAST = """
 --KEY.help CLASS lists the options of a class: --model.network.help DLRM, --data.help Criteo

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_dlrm.cli.parser import build_model_and_data, refuse_checkpoint
+from lightning_dlrm.cli.parser import build_model_and_data, refuse_options_of_runs
 from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.cli.short_help import TRUST_HELP
 from lightning_dlrm.contracts.errors import UserError, require
@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
     require(options.output is not None, "checkpoint import: give the new checkpoint folder with --output")
     output = Path(options.output)
     require(not output.exists(), f"{output} exists; choose another --output")
-    refuse_checkpoint("checkpoint import", rest)
+    refuse_options_of_runs("checkpoint import", rest)
     weights = read_published(source)
     module = build_model_and_data(rest).module
     module.configure_model()

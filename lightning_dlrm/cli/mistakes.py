@@ -76,7 +76,7 @@ def explain(message: str, known: Sequence[str]) -> str:
     ):
         return f"data: {match[1]}" if match[1].startswith("the following") else f"data.{match[1]}"
     if match := re.search(r"([\w.]+): Expected a <class '[\w.]*Sequence'>\. Got value: (.*)", message):
-        return f"{key}.{match[1]}: {match[2].strip()} is not a list; write [{match[2].strip()}]"
+        return f"{key}.{match[1]}: {match[2].strip()} is not a list; write {_as_list(match[2].strip())}"
     if given and (explained := _explain_value(key, given[1].strip(), message)):
         return explained
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
@@ -88,7 +88,7 @@ def explain(message: str, known: Sequence[str]) -> str:
 def _explain_value(key: str, value: str, message: str) -> str | None:
     """Return the message about a value of another type; None if it is about something else."""
     if "Expected a <class 'tuple'>" in message:
-        return f"{key}: {value} is not a list; write [{value}]"
+        return f"{key}: {value} is not a list; write {_as_list(value)}"
     literals = re.findall(r"typing\.Literal\[(.*?)\]", message)
     allowed = ["true", "false"] if "Expected a <class 'bool'>" in message else []
     allowed += dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
@@ -106,6 +106,17 @@ def _explain_value(key: str, value: str, message: str) -> str | None:
     if match := re.search(r"Expected (?:an? )?(<class '[\w.]+'>)\. Got value", message):
         return f"{key} is {value}; expected {_type_words(match[1])}"
     return None
+
+
+def _as_list(value: str) -> str:
+    """Return what was probably meant as a YAML list.
+
+    >>> _as_list("512-256"), _as_list("512, 256"), _as_list("-1"), _as_list("night")
+    ('[512, 256]', '[512, 256]', '[-1]', '[night]')
+    """
+    numbers = re.findall(r"\d+", value)
+    is_series = len(numbers) > 1 and re.fullmatch(r"\d+(?:[^\w.]+\d+)*", value)
+    return f"[{', '.join(numbers) if is_series else value}]"
 
 
 def _type_words(types: str) -> str:

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from lightning_dlrm.cli.configs import find_config
-from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser, refuse_checkpoint
+from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser, refuse_options_of_runs
+from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.terminal import binary_size
@@ -21,12 +22,12 @@ from lightning_dlrm.models.network import ModelSize, model_size
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit code."""
-    matched = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    matched = HelpParser(prog="python -m lightning_dlrm params", add_help=False)
     _add_matching_arguments(matched)
     options, rest = matched.parse_known_args(arguments)
+    refuse_options_of_runs("params", arguments)
     if options.match is not None:
         return _match(options, rest)
-    refuse_checkpoint("params", arguments)
     built = build_model_and_data(arguments, _parser())
     sizes = count(built.module, getattr(built.datamodule, "batch_size", DEFAULT_BATCH_SIZE))
     if built.settings.json:

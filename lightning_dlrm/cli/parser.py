@@ -166,9 +166,12 @@ def build_model_parser(command: str, **options: Any) -> CommandParser:
         options: options of the parser, such as ``epilog``.
     """
     parser = _build_parser(command, **options)
-    # The config.yaml of a run has these two options of fit; they do not concern model and data.
+    # The config.yaml of a run has all options of fit; these do not concern model and data.
     parser.add_argument("--ckpt_path", type=str | None, default=None, help=SUPPRESS)
     parser.add_argument("--weights_only", type=bool | None, default=None, help=SUPPRESS)
+    for action in parser._actions:
+        if _first_key(action.dest) in _OF_RUNS:
+            action.help = SUPPRESS
     return parser
 
 
@@ -380,15 +383,25 @@ class ModelAndData:
         return document
 
 
-def refuse_checkpoint(command: str, arguments: Sequence[str]) -> None:
+_OF_RUNS = ("run_dir", "resume", "allow_nonfinite", "stop_at_auc", "log_norms", "published", "checkpoint")
+"""Options of runs that have no effect on commands that build a model and data only."""
+
+
+def _first_key(option: str) -> str:
+    return re.split(r"[.+=]", option, maxsplit=1)[0]
+
+
+def refuse_options_of_runs(command: str, arguments: Sequence[str]) -> None:
     """
     Raises:
-        UserError: an option names a checkpoint, which the command would not open.
+        UserError: an option names a checkpoint, which the command would not open, or has no effect on it.
     """
-    require(
-        all(argument.partition("=")[0] != "--ckpt_path" for argument in arguments),
-        f"{command} opens no checkpoint: leave --ckpt_path out",
-    )
+    for option in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+        require(option != "--ckpt_path", f"{command} opens no checkpoint: leave --ckpt_path out")
+        require(
+            _first_key(option.removeprefix("--")) not in _OF_RUNS,
+            f"{option} has no effect on {command}, which trains nothing: leave it out",
+        )
 
 
 def build_model_and_data(arguments: Sequence[str], parser: CommandParser | None = None) -> ModelAndData:

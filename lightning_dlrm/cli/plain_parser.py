@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from lightning_dlrm.contracts.errors import UserError, nearest, nearest_first
+from lightning_dlrm.contracts.errors import UserError, listed, nearest, nearest_first
 from lightning_dlrm.contracts.terminal import filled, help_width
 
 
 class HelpParser(argparse.ArgumentParser):
-    """An argparse parser that takes no abbreviations, and whose help fits the terminal."""
+    """An argparse parser that takes no abbreviations, raises UserError, and whose help fits the terminal."""
 
     def __init__(self, **options: Any) -> None:
         formatter = partial(argparse.RawDescriptionHelpFormatter, width=help_width())
@@ -22,9 +22,37 @@ class HelpParser(argparse.ArgumentParser):
         self.description, self.epilog = filled(self.description or ""), filled(self.epilog or "")
         return super().format_help()
 
+    def error(self, message: str) -> NoReturn:
+        """
+        Raises:
+            UserError: always, with argparse's message in the words of this project.
+        """
+        words = self._words(message)
+        raise UserError(f"{words}{'' if words.endswith('?') else ';'} {self.prog} --help lists the options")
+
+    def _words(self, message: str) -> str:
+        if match := re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL):
+            return _words_of_fault(_long(match[1]), match[2])
+        if match := re.fullmatch(r"the following arguments are required: (.*)", message):
+            return self._words_of_missing([_long(name) for name in match[1].split(", ")])
+        if match := re.fullmatch(r"one of the arguments (.*) is required", message):
+            names = match[1].split()
+            return f"{_joined(names, 'or')} is missing: give one of them"
+        return message
+
+    def _words_of_missing(self, names: Sequence[str]) -> str:
+        """Return which arguments are missing, and how they are given."""
+        actions = {name: action for action in self._actions for name in _names(action)}
+        first = actions.get(names[0])
+        if first is not None and not first.option_strings and first.choices is not None:
+            command = self.prog.removeprefix("python -m lightning_dlrm ")
+            return f"nothing follows {command}; expected one of {listed(list(map(str, first.choices)), most=40)}"
+        usage = [_usage(name, actions.get(name)) for name in names]
+        return f"{_joined(names, 'and')} {'is' if len(names) == 1 else 'are'} missing: give {' '.join(usage)}"
+
 
 class PlainParser(HelpParser):
-    """A parser that raises UserError. Its subcommands have parsers of the same class.
+    """A parser that refuses unknown arguments. Its subcommands have parsers of the same class.
 
     Args:
         add_options: adds the options to this parser; called when they are first needed, because it may import much.
@@ -56,15 +84,54 @@ class PlainParser(HelpParser):
     def _known(self) -> Sequence[str]:
         return re.findall(r"--[\w.-]+", self.format_help())
 
-    def error(self, message: str) -> NoReturn:
-        """
-        Raises:
-            UserError: always, with the message.
-        """
-        if match := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message):
-            choices = re.findall(r"'([^']*)'", match[3])
-            message = f"{match[1]} is {match[2]}{nearest_first(match[2], choices, 'expected one of')}"
-        raise UserError(f"{message}{'' if message.endswith('?') else ';'} {self.prog} --help lists the options")
+
+_KINDS = {"int": "a whole number", "float": "a number"}
+"""Type of an option -> what its value is expected to be."""
+
+
+def _words_of_fault(name: str, fault: str) -> str:
+    """Return what is wrong with the value of an argument, and what is expected."""
+    if match := re.fullmatch(r"invalid choice: (.*?) \(choose from (.*)\)", fault, re.DOTALL):
+        value, choices = _unquoted(match[1]), [_unquoted(choice) for choice in match[2].split(", ")]
+        return f"{name} is {value}{nearest_first(value, choices, 'expected one of')}"
+    if match := re.fullmatch(r"invalid (\w+) value: (.*)", fault, re.DOTALL):
+        return (
+            f"{name} is {_unquoted(match[2])}; expected {_KINDS.get(match[1], match[1].strip('_').replace('_', ' '))}"
+        )
+    if match := re.fullmatch(r"expected (one|at least one|at most one|\d+) arguments?", fault):
+        needs = {"one": "a value", "at least one": "one value or more", "at most one": "at most one value"}
+        return f"{name} needs {needs.get(match[1], f'{match[1]} values')}"
+    if match := re.fullmatch(r"not allowed with argument (.*)", fault):
+        return f"{_long(match[1])} and {name} exclude each other: give one of them"
+    if match := re.fullmatch(r"ignored explicit argument (.*)", fault, re.DOTALL):
+        return f"{name} is given the value {_unquoted(match[1])}, but takes none: write {name} alone"
+    return f"{name}: {fault}"
+
+
+def _names(action: argparse.Action) -> list[str]:
+    """Return the names that argparse's messages may give an argument."""
+    return [*action.option_strings, action.dest, *([action.metavar] if isinstance(action.metavar, str) else [])]
+
+
+def _long(name: str) -> str:
+    """Return the long form of an option that has a short one, such as ``--config`` of ``-c/--config``."""
+    return name.rpartition("/")[2] if name.startswith("-") else name
+
+
+def _usage(name: str, action: argparse.Action | None) -> str:
+    """Return an argument as it is typed."""
+    if action is None or not action.option_strings or action.nargs == 0:
+        return name
+    values = action.metavar if isinstance(action.metavar, tuple) else (action.metavar or action.dest.upper(),)
+    return " ".join([name, *values])
+
+
+def _joined(names: Sequence[str], word: str) -> str:
+    return f" {word} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _unquoted(value: str) -> str:
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
 def _noun(argument: str) -> str:

@@ -16,14 +16,23 @@ from tqdm import tqdm
 
 from datamodules.folder import load_schema
 from datamodules.preprocess.skew import lookup_counts
-from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser, refuse_checkpoint
-from lightning_dlrm.cli.plan_report import describe_places, describe_plan, plan_document
+from lightning_dlrm.cli.configs import given_configs
+from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser, refuse_options_of_runs
+from lightning_dlrm.cli.plan_report import (
+    describe_places,
+    describe_plan,
+    describe_setup,
+    describe_subject,
+    plan_document,
+)
+from lightning_dlrm.cli.report import data_words
 from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.contracts.schema import DatasetSchema, Features
+from lightning_dlrm.contracts.terminal import counted, wrapped
 from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.models.network import CTRNetwork
-from lightning_dlrm.sharding.balance import make_plan, place_tables
+from lightning_dlrm.sharding.balance import check_ranks, make_plan, place_tables
 from lightning_dlrm.sharding.costs import TableLoad, parse_bytes, parse_memory, rank_costs, rows_of_tables, table_costs
 from lightning_dlrm.sharding.plan import Plan, read_plan
 from lightning_dlrm.tables.embeddings import WidthGroup
@@ -49,7 +58,12 @@ their rows. A run without a plan file uses the plan that this command shows with
 
 def _parser() -> CommandParser:
     parser = build_model_parser("plan", epilog=NOTES)
-    parser.add_argument("--ranks", type=int, default=1, help="processes to spread the tables over")
+    parser.add_argument(
+        "--ranks",
+        type=int | None,
+        default=None,
+        help="processes to spread the tables over; by default trainer.devices times trainer.num_nodes",
+    )
     parser.add_argument(
         "--memory-per-rank",
         type=str | None,
@@ -94,9 +108,10 @@ def _parser() -> CommandParser:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit code."""
-    refuse_checkpoint("plan", arguments)
+    refuse_options_of_runs("plan", arguments)
     built = build_model_and_data(arguments, _parser())
     settings, module = built.settings, built.module
+    given_ranks, settings.ranks = settings.ranks, _ranks(settings)
     with torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)
     loads = table_loads(network, module, settings.skew, parse_indices(settings.indices, module.schema.features))
@@ -104,9 +119,11 @@ def run(arguments: Sequence[str]) -> int:
         loads = _counted(loads, built.datamodule.folder)
     batch_size = getattr(built.datamodule, "batch_size", DEFAULT_BATCH_SIZE)
     element_bytes = 2 if settings.wire == "bf16" else network.lookups()[0].weight.element_size()
+    setup = _setup(settings, given_configs(arguments), module.schema, batch_size)
     if settings.device_memory is not None:
-        return _place(settings, network, loads, batch_size, _fit_command(arguments, settings.output))
-    plan = _plan(settings, loads, batch_size, element_bytes)
+        return _place(settings, setup, network, loads, _fit_command(arguments, settings.output))
+    plan = _plan(settings, loads, batch_size, element_bytes, given_ranks)
+    setup["ranks"] = plan.ranks
     costs = rank_costs(plan, loads, batch_size, element_bytes)
     of_tables = table_costs(plan, loads, batch_size, element_bytes)
     if settings.output is not None:
@@ -115,10 +132,11 @@ def run(arguments: Sequence[str]) -> int:
         # Matplotlib takes long to load.
         from lightning_dlrm.cli.plan_report import draw
 
-        draw(plan, loads, costs, batch_size, Path(settings.plot), _title(settings))
+        draw(plan, loads, costs, batch_size, Path(settings.plot), describe_subject(setup))
     if settings.json:
-        print(json.dumps(plan_document(plan, costs, of_tables, batch_size), indent=1))
+        print(json.dumps(setup | plan_document(plan, costs, of_tables), indent=1))
     else:
+        print(wrapped([describe_setup(setup), ""]))
         print(describe_plan(plan, loads, costs, of_tables))
         for what, path in (("plan", settings.output), ("drawing", settings.plot)):
             if path is not None:
@@ -126,18 +144,50 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _title(settings: Namespace) -> str:
-    """Return the configuration's files and network, for the title of a figure."""
-    files = [Path(str(path)).name for path in settings.config or []]
-    return ", ".join([settings.model.network.class_path.rpartition(".")[2], *files])
+def _ranks(settings: Namespace) -> int:
+    """Return the number of ranks: that of ``--ranks``, else of the Trainer; 1 if its devices are not a number.
+
+    Raises:
+        UserError: a plan cannot have so many ranks.
+    """
+    if settings.ranks is not None:
+        check_ranks(settings.ranks, "--ranks")
+        return int(settings.ranks)
+    counts = [str(settings.trainer[name]) for name in ("devices", "num_nodes")]
+    if not all(count.isdecimal() and int(count) >= 1 for count in counts):
+        return 1
+    ranks = math.prod(map(int, counts))
+    check_ranks(ranks, "trainer.devices times trainer.num_nodes")
+    return ranks
 
 
-def _plan(settings: Namespace, loads: Sequence[TableLoad], batch_size: int, element_bytes: int) -> Plan:
-    """Make a plan, or read the plan of ``--plan``."""
+def _setup(settings: Namespace, configs: Sequence[str], schema: DatasetSchema, batch_size: int) -> dict[str, Any]:
+    """Return what a plan is for, as JSON values."""
+    return {
+        "network": settings.model.network.class_path.rpartition(".")[2],
+        "configurations": list(configs),
+        "data": data_words(schema),
+        "batch_size": batch_size,
+        "ranks": settings.ranks,
+        "plan": settings.plan,
+        "device_memory": settings.device_memory,
+        "skew": None if settings.counted else settings.skew,
+    }
+
+
+def _plan(
+    settings: Namespace, loads: Sequence[TableLoad], batch_size: int, element_bytes: int, given_ranks: int | None
+) -> Plan:
+    """Make a plan, or read the plan of ``--plan``, which must have the ranks of ``--ranks`` if that is given."""
     if settings.plan is None:
-        memory = None if settings.memory_per_rank is None else parse_memory(settings.memory_per_rank)
+        given = settings.memory_per_rank
+        memory = None if given is None else parse_memory(given, "--memory-per-rank")
         return make_plan(loads, settings.ranks, batch_size, memory, element_bytes)
     plan = read_plan(Path(settings.plan))
+    require(
+        given_ranks in (None, plan.ranks),
+        f"--ranks is {given_ranks}, but {settings.plan} is a plan for {counted(plan.ranks, 'rank')}: leave --ranks out",
+    )
     unpoolable = [load.name for load in loads if not load.may_pool]
     plan.check(rows_of_tables(loads), plan.ranks, unpoolable)
     return plan
@@ -173,9 +223,10 @@ def _fit_command(arguments: Sequence[str], output: str | None) -> str:
 
 
 def _place(
-    settings: Namespace, network: CTRNetwork, loads: Sequence[TableLoad], batch_size: int, fit_command: str
+    settings: Namespace, setup: dict[str, Any], network: CTRNetwork, loads: Sequence[TableLoad], fit_command: str
 ) -> int:
     """Choose and print which tables stay in host memory, for ``--device-memory``."""
+    memory = parse_bytes(settings.device_memory, "--device-memory")
     for option, given in (
         ("--memory-per-rank", settings.memory_per_rank is not None),
         ("--plan", settings.plan is not None),
@@ -191,7 +242,7 @@ def _place(
     loads = list(whole.values())
     groups = [module for module in network.modules() if isinstance(module, WidthGroup)]
     movable = {member.table.name for group in groups for member in group.members}
-    places = place_tables(loads, movable, batch_size, parse_bytes(settings.device_memory), settings.ranks)
+    places = place_tables(loads, movable, setup["batch_size"], memory, settings.ranks)
     columns = list(dict.fromkeys(name.partition("/")[0] for name in places.on_host))
     on_host = {column: places.cut.get(column, 0) for column in columns} if places.cut else columns
     document = {"model": {"network": {"init_args": {"tables": {"on_host": on_host}}}}}
@@ -199,8 +250,9 @@ def _place(
         header = f"# Tables in host memory, so that the others fit into {settings.device_memory} of a device.\n"
         _write(Path(settings.output), header + yaml.safe_dump(document, default_flow_style=None, sort_keys=False))
     if settings.json:
-        print(json.dumps(dataclasses.asdict(places) | {"columns": columns, "batch_size": batch_size}, indent=1))
+        print(json.dumps(setup | dataclasses.asdict(places) | {"columns": columns}, indent=1))
         return 0
+    print(wrapped([describe_setup(setup), ""]))
     print(describe_places(places, loads))
     option = yaml.safe_dump(on_host, default_flow_style=True, sort_keys=False, width=math.inf).strip()
     print(f"--model.network.tables.on_host '{option}'")

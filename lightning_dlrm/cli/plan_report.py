@@ -18,13 +18,40 @@ from lightning_dlrm.sharding.plan import Plan
 _RANKS_SHOWN = 16
 
 
-def plan_document(
-    plan: Plan, costs: Sequence[RankCost], of_tables: Sequence[TableCost], batch_size: int
-) -> dict[str, Any]:
+def describe_subject(setup: Mapping[str, Any]) -> str:
+    """Return the network, the configurations and the data of a plan, such as ``DLRM of dlrm.yaml on demo data``."""
+    configs = " + ".join(setup["configurations"])
+    return f"{setup['network']}{configs and f' of {configs}'} on {setup['data']}"
+
+
+def describe_setup(setup: Mapping[str, Any]) -> str:
+    """Return the first line of ``plan``: what the plan is for.
+
+    Args:
+        setup: ``network``, ``configurations``, ``data``, ``batch_size``, ``ranks``; ``skew``, which is None if lookups
+            are counted; ``plan``, the file of the plan, and ``device_memory``, or None.
+
+    >>> describe_setup({"network": "DLRM", "configurations": ["dlrm.yaml"], "data": "demo data", "batch_size": 2048,
+    ...                 "ranks": 8, "skew": 1.0, "plan": None, "device_memory": None})
+    'DLRM of dlrm.yaml on demo data, global batch 2,048, 8 ranks; row i is looked up in proportion to (i + 1)^-1'
+    """
+    ranks, skew, file = setup["ranks"], setup["skew"], setup["plan"]
+    if setup["device_memory"] is not None:
+        where = f"{counted(ranks, 'device')} with {setup['device_memory']}{' each' * (ranks > 1)}"
+    else:
+        where = counted(ranks, "rank") + ("" if file is None else f" of the plan {file}")
+    if skew is None:
+        lookups = "lookups as counted in the dataset"
+    elif skew == 0:
+        lookups = "all rows of a table are looked up equally often"
+    else:
+        lookups = f"row i is looked up in proportion to (i + 1)^{-skew:g}"
+    return f"{describe_subject(setup)}, global batch {setup['batch_size']:,}, {where}; {lookups}"
+
+
+def plan_document(plan: Plan, costs: Sequence[RankCost], of_tables: Sequence[TableCost]) -> dict[str, Any]:
     """Return everything that ``describe_plan`` prints, and the pieces, as JSON values."""
     return {
-        "ranks": plan.ranks,
-        "batch_size": batch_size,
         "imbalance_bytes": imbalance([cost.bytes for cost in costs]),
         "imbalance_work": imbalance([cost.work for cost in costs]),
         "per_rank": [

@@ -51,6 +51,8 @@ class PredictionWriter(BasePredictionWriter):
         self._folder, self._read_beside = folder, read_beside
         self._allow_nonfinite = allow_nonfinite
         self._writer: pq.ParquetWriter | None = None
+        self.rows = 0
+        """Number of rows of the merged file, on rank 0."""
         self._nan_row: int | None = None
         """The first row of this rank whose probability is NaN."""
 
@@ -97,8 +99,7 @@ class PredictionWriter(BasePredictionWriter):
     def _merge(self, ranks: int) -> None:
         target = self._folder.path / PREDICTIONS
         beside = None if self._read_beside is None else self._read_beside()
-        rows = merge_by_row([self._partial(rank) for rank in range(ranks)], target, beside)
-        log.info("%s has the probabilities of %s rows", shown_path(target), f"{rows:,}")
+        self.rows = merge_by_row([self._partial(rank) for rank in range(ranks)], target, beside)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._writer is None:

@@ -44,7 +44,7 @@ def setup_note(network: str, schema: DatasetSchema, batch_size: int | None, trai
         batch_size: global batch size; None if the datamodule does not say it.
         trainer: trainer of the fit.
     """
-    data = _data_words(schema)
+    data = data_words(schema)
     ranks = trainer.world_size
     if isinstance(trainer.accelerator, CUDAAccelerator):
         devices = f"{counted(ranks, 'GPU')} ({torch.cuda.get_device_name()})"
@@ -56,7 +56,8 @@ def setup_note(network: str, schema: DatasetSchema, batch_size: int | None, trai
     return f"{network} on {data}{batch}, {PRECISIONS.get(str(trainer.precision), trainer.precision)}, {devices}"
 
 
-def _data_words(schema: DatasetSchema) -> str:
+def data_words(schema: DatasetSchema) -> str:
+    """Return the name of the data in a sentence."""
     return "demo data" if schema.dataset == "demo" else f"dataset {schema.dataset}"
 
 
@@ -263,9 +264,25 @@ def evaluation_report(model: str, split: str, results: Mapping[str, float], sche
     scores = _metrics_of(split, results)
     others = {name.removeprefix(f"{split}/"): value for name, value in results.items()}
     title, *rows = score_table(split, {"score": scores}, schema)
-    lines = [f"{model}, {_data_words(schema)}", "", emphasized(title, sys.stdout), *rows]
+    lines = [f"{model}, {data_words(schema)}", "", emphasized(title, sys.stdout), *rows]
     lines += [f"{names.title_of(name)}: {value:,}" for name, value in others.items() if name not in scores]
     return wrapped([*lines, f"kept in {shown_path(file)}"])
+
+
+def prediction_report(model: str, split: str | None, rows: int, schema: DatasetSchema, file: Path) -> str:
+    """Return the report of ``predict``.
+
+    Args:
+        model: the network and its checkpoint.
+        split: the split that was scored, ``all``, or None if the datamodule does not say it.
+        rows: number of rows that were scored.
+        schema: schema of the data.
+        file: file with the probabilities.
+    """
+    of = {None: "", "all": " of all splits"}.get(split, f" of the {split} split")
+    return wrapped(
+        [f"{model}, {data_words(schema)}", f"probabilities of {counted(rows, 'row')}{of}: {shown_path(file)}"]
+    )
 
 
 def _speed(final: Mapping[str, float]) -> str:

@@ -39,6 +39,7 @@ from lightning_dlrm.cli.report import (
     early_stop_note,
     evaluation_report,
     final_report,
+    prediction_report,
     published_notes,
     setup_note,
     size_note,
@@ -112,7 +113,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         call_trainer(job, trainer)
         if command == "fit":
             report_fit(job, trainer)
-        elif command != "predict":
+        else:
             report_evaluation(job, trainer)
     return 0
 
@@ -167,12 +168,15 @@ def build_callbacks(job: Job, trainer_settings: dict[str, Any]) -> list[pl.Callb
         if metrics_logger.checkpoints is not None:
             callbacks.append(metrics_logger.checkpoints)
     else:
-        beside = getattr(job.datamodule, "read_beside", None)
-        callbacks += [EvaluationWriter(job.folder), PredictionWriter(job.folder, beside, settings.allow_nonfinite)]
+        callbacks.append(EvaluationWriter(job.folder))
     own_bar = any(isinstance(given, ProgressBar) for given in callbacks)
     if trainer_settings["enable_progress_bar"] is not False and not own_bar:
         callbacks.append(RunProgress(metrics_logger))
-    if job.command != "predict":
+    if job.command == "predict":
+        # After the bar, which ends before it writes and reports.
+        beside = getattr(job.datamodule, "read_beside", None)
+        callbacks.append(PredictionWriter(job.folder, beside, settings.allow_nonfinite))
+    else:
         callbacks.append(CurveWriter(job.folder))
     return [*callbacks, job.stop]
 
@@ -309,8 +313,6 @@ def log_start(job: Job, trainer: pl.Trainer) -> None:
     """Log the start of a command, and keep the configuration of a fit."""
     if not trainer.is_global_zero or job.folder.refusal is not None:
         return
-    if job.command == "predict":
-        log.info("predictions go to %s", shown_path(job.folder.path / PREDICTIONS))
     if job.metrics_logger is None:
         return
     job.metrics_logger.configuration = configuration_text(job.parser, job.settings)
@@ -406,10 +408,18 @@ def report_fit(job: Job, trainer: pl.Trainer) -> None:
 
 
 def report_evaluation(job: Job, trainer: pl.Trainer) -> None:
-    """Print the metrics of ``validate`` or ``test``."""
-    if trainer.is_global_zero:
-        split, schema = names.VALIDATION if job.command == "validate" else names.TEST, job.datamodule.schema
-        model = f"{type(job.module.network).__name__} of {shown_path(str(job.settings.ckpt_path))}"
-        print(evaluation_report(model, split, job.module.results, schema, job.folder.path / f"{job.command}.json"))
-        for note in published_notes(job.settings.published, job.module.results, split, schema.dataset):
-            print(note)
+    """Print the metrics of ``validate`` or ``test``, or what ``predict`` has written."""
+    if not trainer.is_global_zero:
+        return
+    schema = job.datamodule.schema
+    model = f"{type(job.module.network).__name__} of {shown_path(str(job.settings.ckpt_path))}"
+    if job.command == "predict":
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        rows = next(callback.rows for callback in callbacks if isinstance(callback, PredictionWriter))
+        split = getattr(job.datamodule, "predict_split", None)
+        print(prediction_report(model, split, rows, schema, job.folder.path / PREDICTIONS))
+        return
+    split = names.VALIDATION if job.command == "validate" else names.TEST
+    print(evaluation_report(model, split, job.module.results, schema, job.folder.path / f"{job.command}.json"))
+    for note in published_notes(job.settings.published, job.module.results, split, schema.dataset):
+        print(note)

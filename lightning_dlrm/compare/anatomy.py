@@ -99,7 +99,7 @@ def _sharding(run: Run, loads: Sequence[TableLoad], ranks: int, batch_size: int)
     if file is not None:
         plan = read_plan(Path(file))
     else:
-        plan = make_plan(loads, ranks, batch_size, None if memory is None else parse_memory(memory))
+        plan = make_plan(loads, ranks, batch_size, None if memory is None else parse_memory(memory, "memory_per_rank"))
     return Sharding(plan=plan, loads=loads, costs=rank_costs(plan, loads, batch_size))
 
 

@@ -175,10 +175,35 @@ def read_yaml(path: Path, expected: str = CONFIGURATION) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path} is not YAML ({one_line(error)}); {expected}") from error
+        raise UserError(f"{path} is not YAML ({yaml_fault(error)}); {expected}") from error
+    require(content is not None, f"{path} is empty; {expected}")
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no keys with values; {expected}")
     return content
+
+
+_YAML_WORDS = {
+    r"found character '\\t' that cannot start any token": "a tab at the beginning; indent with spaces",
+    r"expected <block end>, but found .*": "this line is not indented as the lines before it",
+    r"mapping values are not allowed here": "a colon after a value, or a line that is indented too far",
+    r"could not find expected ':'": "a key without a colon",
+    r"expected ',' or '([]}])', but got .*": r"a comma, or the closing \1, is missing before this place",
+    r"found unexpected end of stream": "the closing quotation mark is missing",
+    r"could not determine a constructor for the tag '(?:tag:yaml.org,2002:)?(.*)'": r"the tag \1 is not allowed",
+}
+"""PyYAML's description of a fault -> plain words."""
+
+
+def yaml_fault(error: Exception) -> str:
+    """Return why a text is not YAML, with the line if it is known, on one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or not problem:
+        return one_line(error)
+    for pattern, words in _YAML_WORDS.items():
+        problem = re.sub(pattern, words, problem)
+    begin = getattr(error, "context_mark", None)
+    since = f", in what begins in line {begin.line + 1}" if begin is not None and begin.line != mark.line else ""
+    return one_line(UserError(f"line {mark.line + 1}: {problem}{since}"))
 
 
 def parse_yaml(text: str) -> Any:

@@ -119,7 +119,7 @@ class RunCheckpoints(Checkpoint):
         # Rank 0 also writes the dense parameters and their optimizer state.
         rest = sum(tensor.nbytes for tensor in dense_tensors(pl_module))
         taken = binary_size(int(sizes[:, 0].sum()) + rest)
-        log.info("a checkpoint takes %s; last and best are kept", taken)
+        log.info("the tensors of a checkpoint take %s; last and best are kept", taken)
         if staging := int(sizes[:, 1].max()):
             log.info("saving it takes up to %s of page-locked memory in each rank", binary_size(staging))
 

@@ -72,7 +72,7 @@ class EmbeddingShardedDDP(DDPStrategy):
         )
         super().__init__(**{"gradient_as_bucket_view": True} | options)
         self._plan_file = plan
-        self._memory = None if memory_per_rank is None else parse_memory(memory_per_rank)
+        self._memory = None if memory_per_rank is None else parse_memory(memory_per_rank, "strategy: memory_per_rank")
         self._wire = torch.bfloat16 if wire == "bf16" else None
         self._timeout_seconds = timeout_seconds
         self.facts: dict[str, Any] = {}

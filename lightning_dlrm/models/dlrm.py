@@ -137,8 +137,9 @@ class DLRM(CTRNetwork):
 def _check_bottom(features: Features, bottom_mlp: Sequence[int], embedding_dim: int) -> None:
     """
     Raises:
-        UserError: the bottom MLP has no input, or its output is not as wide as the vectors of the tables.
+        UserError: the vectors have no width, the bottom MLP has no input, or its output is not as wide as the vectors.
     """
+    require(embedding_dim >= 1, f"embedding_dim is {embedding_dim}; expected 1 or more")
     if not features.dense:
         require(
             not bottom_mlp,

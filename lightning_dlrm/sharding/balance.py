@@ -36,6 +36,18 @@ _FULL = 1.02
 _LEAST_CUT = 0.02
 
 
+def check_ranks(ranks: int, setting: str) -> None:
+    """
+    Args:
+        ranks: number of ranks of a plan.
+        setting: the option or argument that has it, for messages.
+
+    Raises:
+        UserError: a plan cannot have so many ranks.
+    """
+    require(1 <= ranks <= MOST_RANKS, f"{setting} is {ranks}; expected a number of ranks from 1 to {MOST_RANKS:,}")
+
+
 def make_plan(
     tables: Sequence[TableLoad],
     ranks: int,
@@ -60,10 +72,8 @@ def make_plan(
     Raises:
         UserError: the tables do not fit; the message has the missing bytes and the remedies.
     """
-    require(
-        1 <= ranks <= MOST_RANKS and batch_size >= 1,
-        f"a plan needs 1 to {MOST_RANKS:,} ranks and a batch of 1 or more; got {ranks} and {batch_size}",
-    )
+    check_ranks(ranks, "ranks")
+    require(batch_size >= 1, f"the global batch has {batch_size} samples; expected 1 or more")
     limits = _limits(memory, ranks)
     pieces: dict[str, list[Piece]] = {table.name: [] for table in tables}
     for on_host, room in ((False, limits), (True, [math.inf] * ranks)):

@@ -143,15 +143,27 @@ def imbalance(values: Sequence[float]) -> float:
     return max(values) / mean if mean else 1.0
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, setting: str) -> int:
     """Parse an amount of memory such as ``80GiB``, ``512 MB`` or a plain number of bytes.
+
+    Args:
+        text: the amount.
+        setting: the option or key that has it, for messages.
 
     Raises:
         UserError: the text has another form.
 
-    >>> parse_bytes("1.5GiB"), parse_bytes("2 GB"), parse_bytes("100")
+    >>> parse_bytes("1.5GiB", "memory"), parse_bytes("2 GB", "memory"), parse_bytes("100", "memory")
     (1610612736, 2000000000, 100)
     """
+    value = _bytes_of(text)
+    if value is None:
+        raise UserError(f"{setting} is {text}; expected an amount such as 80GiB")
+    return value
+
+
+def _bytes_of(text: str) -> int | None:
+    """Return the number of bytes of an amount of memory; None if the text has another form."""
     units = {"": 1, "b": 1}
     for power, letter in enumerate("kmgt", start=1):
         units |= {f"{letter}b": 1000**power, f"{letter}ib": 1024**power}
@@ -159,17 +171,20 @@ def parse_bytes(text: str) -> int:
     number = compact.rstrip("bikmgt")
     try:
         value = float(number) * units[compact[len(number) :]]
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"{text!r} is not an amount of memory; expected text such as 80GiB, 512MB or 1000000"
-        ) from error
-    require(math.isfinite(value) and value >= 0, f"{text!r} is not an amount of memory; expected 0 or more")
-    return int(value)
+    except (ValueError, KeyError):
+        return None
+    return int(value) if math.isfinite(value) and value >= 0 else None
 
 
-def parse_memory(text: str) -> int | list[int]:
-    """Parse memory per rank: one amount for all ranks, or one for each, separated by commas."""
-    amounts = [parse_bytes(part) for part in text.split(",")]
+def parse_memory(text: str, setting: str) -> int | list[int]:
+    """Parse memory per rank: one amount for all ranks, or one for each, separated by commas; see ``parse_bytes``.
+
+    Raises:
+        UserError: the text has another form.
+    """
+    amounts = [amount for part in text.split(",") if (amount := _bytes_of(part)) is not None]
+    if len(amounts) <= text.count(","):
+        raise UserError(f"{setting} is {text}; expected an amount such as 80GiB, or one for each rank: 24GiB,80GiB")
     return amounts[0] if len(amounts) == 1 else amounts
 
 

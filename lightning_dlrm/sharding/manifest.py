@@ -66,6 +66,11 @@ class Manifest:
     tables: Mapping[str, TableEntry]
     rest: PieceFile
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files that the manifest lists."""
+        return self.rest.bytes + sum(part.bytes for entry in self.tables.values() for part in entry.pieces)
+
     def __post_init__(self) -> None:
         kinds = {"model": str, "encoding_fingerprint": str, "data_fingerprint": str, "step": int, "epoch": int}
         for name, kind in kinds.items():

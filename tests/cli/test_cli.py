@@ -483,7 +483,21 @@ def test_faults_in_one_of_several_files(capsys: pytest.CaptureFixture[str]) -> N
     [
         (b"trainer:\n  max_steps: [1\n bad: :\n", "bad.yaml is not YAML"),
         (b"\xff\xfe\x00", "bad.yaml is not YAML"),
-        (b"", "bad.yaml holds no keys with values"),
+        (
+            b"trainer:\n\tmax_steps: 1\n",
+            "bad.yaml is not YAML (line 2: a tab at the beginning; indent with spaces); exp",
+        ),
+        (
+            b"data:\n  bottom_mlp: [1,\n    2\ntrainer: 1\n",
+            "(line 4: a comma, or the closing ], is missing before this place, in what begins in line 2); expected a c",
+        ),
+        (b"trainer:\n    max_steps: 1\n  devices: 1\n", "(line 3: this line is not indented as the lines before it"),
+        (b"a: b: c\n", "(line 1: a colon after a value, or a line that is indented too far); expected a"),
+        (b"trainer: {}\nabc\n", "(line 3: a key without a colon"),
+        (b"a: 'b\nc: 3\n", "(line 3: the closing quotation mark is missing, in what begins in line 1)"),
+        (b"a: 1\nb: 2\na: 3\n", "bad.yaml: the key a occurs twice, again in line 3; keep one"),
+        (b"", "bad.yaml is empty; expected a configuration: keys such as 'trainer:', each with its values"),
+        (b"# nothing\n", "bad.yaml is empty; expected a configuration"),
         (b"- a\n- b\n", "bad.yaml holds no keys with values"),
     ],
 )

@@ -154,5 +154,7 @@ def test_no_command_takes_an_abbreviation(
 ) -> None:
     assert main(arguments) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: ") and (f"did you mean {option}?" in error or f"required: {option}" in error), error
+    assert error.startswith("error: ") and (f"did you mean {option}?" in error or f"{option} is missing" in error), (
+        error
+    )
     assert "--help lists the options" in error

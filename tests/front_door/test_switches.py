@@ -277,8 +277,11 @@ def test_evaluations_say_what_they_found_once_and_keep_earlier_predictions(
     run("predict", *trained)
     predictions = Path("run/predictions.parquet").resolve()
     rows, first = pq.read_metadata(predictions).num_rows, predictions.read_bytes()
-    assert f"run/predictions.parquet has the probabilities of {rows:,} rows" in caplog.text
+    model = "DLRM of run/checkpoints/last, demo data"
+    said = f"{model}\nprobabilities of {rows:,} rows of the test split: run/predictions.parquet\n"
+    assert capsys.readouterr().out == said
     run("predict", *trained, "--data.predict_split=validation")
+    assert "rows of the validation split: run/predictions.parquet\n" in capsys.readouterr().out
     (aside,) = (path for path in predictions.parent.glob("predictions-*"))
     assert aside.read_bytes() == first
     assert f"the previous run/predictions.parquet is kept as run/{aside.name}" in caplog.text

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.terminal import binary_size
 from lightning_dlrm.sharding import checkpoint
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors, link_checkpoint, save_checkpoint
 from lightning_dlrm.sharding.collectives import reserve_port
@@ -284,7 +285,24 @@ def test_merged_and_cut_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [(part.start, part.stop) for part in entry.pieces] == [(0, 30), (30, 100)]
     capsys.readouterr()
     assert main(["checkpoint", "info", str(tmp_path / "planned")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["C1", "100", "3", "2", "0.0", "sum"]
+    lines = capsys.readouterr().out.splitlines()
+    size = sum(path.stat().st_size for path in (tmp_path / "planned").glob("**/*.*") if path.name != "manifest.json")
+    assert lines[0] == str(tmp_path / "planned") and lines[1].split() == ["step", "9"]
+    assert lines[2].split(maxsplit=1) == ["size", f"{binary_size(size)} in 3 files"]
+    assert lines[-3].split()[:4] == ["C1", "100", "3", "2"] and lines[-3].endswith("  sum")
+    assert lines[-1] == "checksums were not compared: --verify compares them" and max(map(len, lines[1:])) < 80
+
+
+def test_a_folder_of_checkpoints_is_no_checkpoint_and_names_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("best", "last"):
+        write(tmp_path / "run/checkpoints" / name)
+    for folder in (tmp_path / "run", tmp_path / "run/checkpoints"):
+        assert main(["checkpoint", "info", str(folder)]) == 2
+        inner = tmp_path / "run/checkpoints"
+        said = f"error: {folder} is not a checkpoint, but has some: give {inner / 'best'} or {inner / 'last'}\n"
+        assert capsys.readouterr().err == said
 
 
 def test_what_cannot_be_written_again_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ every time, and one that does not fit says by how much."""
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from lightning_dlrm.sharding.costs import (
     TableLoad,
     UniqueRows,
     imbalance,
+    parse_bytes,
     parse_memory,
     rank_costs,
     rows_of_tables,
@@ -192,7 +194,10 @@ def test_the_command_counts_lookups_in_the_dataset(
     command = ["plan", "--config", "dlrm.yaml", "--data.path", str(tmp_path / "data"), "--ranks", "1", "--json"]
     assert main([*command, "--counted"]) == 0
     # Uniform ids, 450 rows, most of them in a batch of 2,048, where Zipf's law expects fewer of them.
-    assert json.loads(capsys.readouterr().out)["per_rank"][0]["rows_asked_per_batch"] == pytest.approx(440, abs=5)
+    found = json.loads(capsys.readouterr().out)
+    assert found["per_rank"][0]["rows_asked_per_batch"] == pytest.approx(440, abs=5) and found["skew"] is None
+    assert main([*command[:-1], "--counted"]) == 0
+    assert "on dataset random, global batch 2,048, 1 rank; lookups as counted in the" in capsys.readouterr().out
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["per_rank"][0]["rows_asked_per_batch"] < 430
     assert main(["plan", "--config", "dlrm.yaml", "--counted"]) == 2
@@ -282,11 +287,13 @@ def test_a_plan_with_mistakes_is_refused(document: object, said: str) -> None:
 
 
 def test_amounts_of_memory() -> None:
-    assert parse_memory("80GiB") == 80 * GIB
-    assert parse_memory("24GiB, 1000") == [24 * GIB, 1000]
-    for bad in ("80Gigs", "", "-1GB", "nan"):
-        with pytest.raises(UserError, match="not an amount of memory"):
-            parse_memory(bad)
+    assert parse_memory("80GiB", "memory") == 80 * GIB
+    assert parse_memory("24GiB, 1000", "memory") == [24 * GIB, 1000]
+    for bad in ("80Gigs", "", "-1GB", "nan", "1GiB,", "1GiB,lots"):
+        with pytest.raises(UserError, match=rf"^memory is {bad}; expected an amount .* for each rank: 24GiB,80GiB$"):
+            parse_memory(bad, "memory")
+        with pytest.raises(UserError, match=rf"^--device-memory is {bad}; expected an amount such as 80GiB$"):
+            parse_bytes(bad, "--device-memory")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,12 +308,79 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert main([*command, "--plan", str(plan), "--plot", str(figure), "--output", str(tmp_path / "again.yaml")]) == 0
     said = capsys.readouterr().out
-    assert "on 8 ranks" in said
+    setup, _, table = said.partition("\n\n")
+    zipf = "row i is looked up in proportion to (i + 1)^-1"
+    assert setup == f"DLRM of dlrm.yaml on demo data, global batch 2,048, 8 ranks of the plan {plan}; {zipf}"
+    assert table.lstrip().startswith("rank ") and "on 8 ranks" in said
     assert f"plan written to {tmp_path / 'again.yaml'}\ndrawing written to {figure}\n" in said
     assert main([*command, "--ranks", "2", "--memory-per-rank", "1GiB"]) == 2
     assert "bytes (12.7 MiB) too few" in capsys.readouterr().err
     assert main([*command, "--plan", str(tmp_path / "none.yaml")]) == 2
     assert "cannot read the plan" in capsys.readouterr().err
+    assert main([*command, "--plan", str(plan), "--ranks", "2"]) == 2
+    assert f"--ranks is 2, but {plan} is a plan for 8 ranks: leave --ranks out" in capsys.readouterr().err
+
+
+SMALL = ["plan", "--config", "dlrm.yaml", "--data.demo.max_table_rows", "20"]
+
+
+@pytest.mark.parametrize(
+    ("options", "setup"),
+    [
+        ("", "1 rank; row i is looked up in proportion to (i + 1)^-1"),
+        ("--trainer.devices 2 --trainer.num_nodes 3 --skew 1.05", "6 ranks; row i is looked up in pro"),
+        ("--trainer.devices 2 --ranks 3 --skew 0", "3 ranks; all rows of a table are looked up equally often"),
+        ("--trainer.devices auto", "1 rank; row i"),
+        ("--trainer.devices -1 --skew 1.5", "1 rank; row i is looked up in proportion to (i + 1)^-1.5"),
+        ("--device-memory 1GiB", "1 device with 1GiB; row i"),
+        ("--device-memory 1GiB --trainer.devices 2", "2 devices with 1GiB each; row i"),
+    ],
+)
+def test_the_first_line_says_what_the_plan_is_for(options: str, setup: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--config", "small.yaml", *options.split()]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(f"DLRM of dlrm.yaml + small.yaml on demo data, global batch 2,048, {setup}"), line
+    assert main([*SMALL, *options.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["network"], found["configurations"], found["data"]) == ("DLRM", ["dlrm.yaml"], "demo data")
+    assert found["ranks"] == int(setup[0]) and found["batch_size"] == 2048 and isinstance(found["skew"], float)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--ranks 0", "--ranks is 0; expected a number of ranks from 1 to 4,096"),
+        ("--ranks -3", "--ranks is -3; expected a number of ranks from 1 to 4,096"),
+        ("--device-memory 1GiB --ranks 0", "--ranks is 0; expected a number of ranks from 1 to 4,096"),
+        ("--ranks many", "ranks is many; expected a whole number"),
+        ("--trainer.devices 5000", "trainer.devices times trainer.num_nodes is 5000; expected a number of ranks from"),
+        (
+            "--memory-per-rank lots",
+            "--memory-per-rank is lots; expected an amount such as 80GiB, or one for each rank: 24GiB,80GiB",
+        ),
+        ("--device-memory lots", "--device-memory is lots; expected an amount such as 80GiB"),
+        ("--resume auto", "--resume has no effect on plan, which trains nothing: leave it out"),
+        ("--run_dir=x", "--run_dir has no effect on plan, which trains nothing: leave it out"),
+        ("--checkpoint.every_n_steps 3", "--checkpoint.every_n_steps has no effect on plan, which trains nothing"),
+        ("--ckpt_path x", "plan opens no checkpoint: leave --ckpt_path out"),
+    ],
+)
+def test_wrong_options_of_the_command(options: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, *options.split()]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {said}"), error
+
+
+def test_options_of_runs_are_read_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "config.yaml"
+    run.write_text("run_dir: x\nresume: auto\nstop_at_auc: 0.7\nlog_norms: true\ncheckpoint: {every_n_steps: 3}\n")
+    for command in ("plan", "params"):
+        assert main([command, *SMALL[1:], "--config", str(run)]) == 0
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main([command, "--help.all"])
+        said = capsys.readouterr().out
+        assert "--data " in said and not re.search(r"--(run_dir|resume|stop_at_auc|log_norms|checkpoint)", said)
 
 
 def asked_rows(*indices: int) -> float:
