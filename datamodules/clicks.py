@@ -318,7 +318,7 @@ class Clicks(FolderData):
         require_options(self, list(options))
         # dlrm.yaml and other configurations give it to the class Criteo; an overlay with this class keeps the path.
         require(
-            str(path) != DEMO or Path(DEMO).exists(),
+            path != "" and (str(path) != DEMO or Path(DEMO).exists()),
             "data.path is missing: give --data.path DIR, a folder made by preprocess (demo data are for the class "
             "Criteo)",
         )

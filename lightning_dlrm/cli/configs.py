@@ -25,6 +25,10 @@ def find_config(name: str) -> Path:
     Raises:
         UserError: there is none.
     """
+    require(
+        name and not name.startswith("-"),
+        "--config needs a value: a YAML file, or the name of a shipped one such as dlrm.yaml",
+    )
     for candidate in (Path(expand_home(name)), shipped_configs() / name):
         if candidate.is_file():
             return candidate
@@ -96,7 +100,7 @@ def file_with_key(arguments: Sequence[str], key: str) -> str | None:
         arguments: of a command line.
         key: a full key, or its last parts.
     """
-    options = [argument.partition("=")[0] for argument in arguments]
+    options = [argument.partition("=")[0].replace(".init_args", "") for argument in arguments]
     if any(f".{option.removeprefix('--')}".endswith(f".{key}") for option in options if option.startswith("--")):
         return None
     for name in reversed(given_configs(arguments)):

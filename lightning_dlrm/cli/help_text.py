@@ -1,13 +1,17 @@
 """``--help.all``: what jsonargparse and Lightning's docstrings say of every option, made readable."""
 
 import argparse
+import contextlib
+import io
 import re
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
 
 from lightning_dlrm.cli.classes import OFFERED_CLASSES
+from lightning_dlrm.cli.mistakes import classes_of
 from lightning_dlrm.contracts.terminal import help_width
 
 _INDENT = 24
@@ -20,6 +24,9 @@ _REWORDED = {
 }
 """Beginning of jsonargparse's words -> ours."""
 _OWN_WORDS = {
+    "model.network": "class of the network, such as DLRM or DCN; --model.network.help DLRM lists the options of DLRM",
+    "model.dense_optimizer": "class of the optimizer of all other parameters, with its options, such as lr; its state "
+    "has the parameters' precision",
     "trainer.accelerator": "auto, cpu or gpu; auto takes CUDA devices if there are any",
     "trainer.strategy": "auto on one rank; on several embedding_sharded_ddp, or the class EmbeddingShardedDDP with its "
     "options: Lightning's other strategies, such as ddp, are refused for training on several ranks",
@@ -53,8 +60,8 @@ _OWN_WORDS = {
     "trainer.enable_progress_bar": "false shows no progress bar",
     "trainer.enable_model_summary": "true prints Lightning's table of the model's parts",
     "trainer.accumulate_grad_batches": "number of batches whose gradients an optimizer step adds up",
-    "trainer.gradient_clip_val": "largest norm, or absolute value, of gradients, to which larger ones are clipped; null "
-    "or 0 for no clipping",
+    "trainer.gradient_clip_val": "clip gradients of a larger norm, or a larger absolute value, to it; null or 0 for "
+    "no clipping",
     "trainer.gradient_clip_algorithm": "norm or value: what gradient_clip_val limits; null for norm",
     "trainer.deterministic": "true uses only deterministic operators of torch; warn warns about others",
     "trainer.benchmark": "let cuDNN choose the fastest of its convolutions, by timing them",
@@ -72,7 +79,9 @@ _OWN_WORDS = {
     "in any case",
     "trainer.model_registry": "name of the model in Lightning's registry; has no effect here",
 }
-"""Option -> its words, in place of Lightning's, which describe its Python API and offer what is refused here."""
+"""Option -> its words, in place of those of a docstring, which describe a Python API or offer what is refused here."""
+_SETTINGS = "TableSettings|Averaging|Regularization"
+"""Types of options that are keys with values, and whose help lists these keys."""
 _TAKEN_FROM_THE_FIT = r"  --model\.schedule\.(?:optimizer|total_steps) .*\n(?: {24}.*\n)*"
 _LAST = """
 --KEY.help CLASS lists the options of a class: --model.network.help DLRM, --data.help Criteo
@@ -101,6 +110,8 @@ def readable_help(text: str) -> str:
     is_class = re.match(r"usage: (?!python -m lightning_dlrm )", text) is not None
     if is_class:
         text = re.sub(r"\Ausage: [\s\S]*?\n\n", "", text)
+        text = re.sub(r"\AHelp for --([\w.]+)\.help=([\w.]+)", lambda found: _head(found[1], found[2]), text)
+        text = re.sub(r"(?m)^  --[\w.]+ .*\n? {24}\(type: .*Untyped.*\n", "", text)
         text = re.sub(rf"(?m)^{_TAKEN_FROM_THE_FIT}", "", f"{text.rstrip()}\n")
     text = re.sub(r"\nLinked arguments:\n(?:  .*\n)*", "", text)
     # Help of classes, and files of a section, are the same for every key.
@@ -118,9 +129,58 @@ def readable_help(text: str) -> str:
             # Lists and their parts are one option.
             lines.append(re.sub(r"^(  --\S+ .*), --\S+\+ .*$", r"\1", line))
             continue
-        wrapped = _wrap(_OWN_WORDS.get(key) or _plain(words))
+        wrapped = _wrap(_words_of(key, words))
         lines += [(option if number == 0 else " " * _INDENT) + part for number, part in enumerate(wrapped)]
     return "\n".join(lines) + "\n" + _LAST * (not is_class)
+
+
+@contextlib.contextmanager
+def only_settings(key: str | None) -> Iterator[None]:
+    """Context in which help of a class is cut to the settings of one of its keys, such as ``data.demo``.
+
+    Args:
+        key: the key; None to show everything.
+    """
+    if key is None:
+        yield
+        return
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown):
+            yield
+    finally:
+        parts = [part for part in shown.getvalue().split("\n\n") if re.search(rf"(?m)^  --{key}\.", part)]
+        print("\n\n".join([_head(key, ""), *parts]) if parts else shown.getvalue(), end="")
+
+
+def _head(key: str, path: str) -> str:
+    """Return the first words of the help of a class, or of settings, which are not chosen by a class."""
+    name, section = path.rpartition(".")[2], key.rpartition(".")[2]
+    is_offered = name in (known.__name__ for known in OFFERED_CLASSES)
+    if is_offered or (name and classes_of(key)):
+        # Optimizers of torch have the names of update rules.
+        chosen = name if is_offered and not path.startswith("torch.") else path
+        words = (
+            f"The class {name}: choose it with --{key} {chosen}, or in a YAML with class_path: {chosen}. The options "
+            "below are keys of its init_args."
+        )
+    else:
+        words = f"The settings of --{key}. In a YAML the options below are keys of {section}."
+    return "\n".join(textwrap.wrap(words, help_width(), break_long_words=False, break_on_hyphens=False))
+
+
+def _words_of(key: str, words: str) -> str:
+    """Return the words of an option, and in brackets its type, default and classes."""
+    plain = _plain(words)
+    plain = re.sub(rf"type: (?:{_SETTINGS}) \| null", f"--{key}.help lists its keys", plain)
+    if key not in _OWN_WORDS:
+        return plain
+    # Types of Lightning's options are long, and the words say what they take.
+    facts = re.search(r"\(?(required, )?type: (.*?)(, default: .*?)?(, classes: .*)?\)$", plain)
+    kept = [] if facts is None else [facts[1], facts[3] if facts[3] != ", default: null" else None]
+    kept += [facts[4]] if facts is not None and key.startswith("model.") else []
+    shown = "".join(filter(None, kept)).strip(", ").replace(", , ", ", ")
+    return f"{_OWN_WORDS[key]} ({shown})" if shown else _OWN_WORDS[key]
 
 
 def _wrap(words: str) -> list[str]:
@@ -132,8 +192,11 @@ def _plain(words: str) -> str:
     for beginning, reworded in _REWORDED.items():
         if words.startswith(beginning):
             return reworded
-    words = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"\1", words).replace("``", "")
-    words = re.sub(r" Default: [^ ]+\.?(?= \()", "", words)
+    words = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)(?:<\w+>)?`", r"\1", words).replace("``", "").replace("`_", "`")
+    words = re.sub(r" Default: [^ ]+\.?(?= \()", "", words).replace(" .. note::", "")
+    # Docstrings of torch repeat the default.
+    words = re.sub(r" \(default: (?:[^()]|\([^()]*\))*\)(?=\.? .*\(type: )", "", words)
+    words = re.sub(r"default: \((.*?),?\)", r"default: [\1]", words)
     words = re.sub(r", known subclasses: (.*)\)$", lambda found: f"{_classes(found[1])})", words)
     # As in YAML.
     words = re.sub(r"\b(?:None|True|False)\b", lambda found: {"None": "null"}.get(found[0], found[0].lower()), words)
@@ -153,10 +216,10 @@ def _classes(paths: str) -> str:
 
 
 def _type(annotation: str) -> str:
-    """Return a type without ``Union``, ``Optional`` and ``Literal``.
+    """Return a type as in YAML: without ``Union``, ``Optional``, ``Literal`` and functions.
 
-    >>> _type("Union[Literal['a', 'b'], list[int], Optional[Callable[[int], str]]]")
-    'a | b | list[int] | Callable[[int], str] | null'
+    >>> _type("Union[Literal['a', 'b'], Sequence[int], tuple[str, ...], Optional[Callable[[int], Loss]]]")
+    'a | b | list[int] | list[str] | Loss | null'
     """
 
     def joined(found: re.Match[str]) -> str:
@@ -167,6 +230,9 @@ def _type(annotation: str) -> str:
             return " | ".join(alternatives + ["null"] * (kind == "Optional"))
         return f"{kind}⟨{parts}⟩"
 
+    annotation = re.sub(r"\btuple\[([^][]*), \.\.\.\]", r"list[\1]", annotation.replace("Sequence[", "list["))
     while (inner := re.sub(r"(\w*)\[([^][]*)\]", joined, annotation)) != annotation:
         annotation = inner
-    return annotation.replace("⟨", "[").replace("⟩", "]")
+    annotation = annotation.replace("⟨", "[").replace("⟩", "]")
+    # A configuration names the class of what a function makes.
+    return re.sub(r"\bCallable\[\[.*?\], (\w+)\]", r"\1", annotation)

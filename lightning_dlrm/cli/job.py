@@ -14,8 +14,6 @@ from lightning_dlrm.engine.stopping import StopOnSignal
 from lightning_dlrm.tracking.lock import FolderLock
 from lightning_dlrm.tracking.run_folder import RunFolder
 
-EVALUATIONS = ("validate", "test", "predict")
-
 
 @dataclass(kw_only=True)
 class Job:

@@ -2,16 +2,24 @@
 
 import difflib
 import inspect
+import itertools
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from lightning_dlrm.cli.classes import OFFERED_CLASSES, PRECISIONS
+from lightning_dlrm.cli.configs import file_with_key
+from lightning_dlrm.cli.plain_parser import long_form, words_of_fault
 from lightning_dlrm.cli.trust import refusal
 from lightning_dlrm.contracts.errors import listed, nearest, nearest_first
 from lightning_dlrm.tables.embeddings import TableSettings
+from lightning_dlrm.tracking.run_folder import CONFIG
+
+EVALUATIONS = ("validate", "test", "predict")
+"""Commands that open a checkpoint."""
 
 _PUBLISHED = "a list of metric, value and source, such as [{metric: auc, value: 0.8, source: a paper}]"
 _NO_KEYS = ", as there are no keys here"
@@ -25,8 +33,45 @@ _NO_MODEL = (
 )
 
 
+def with_place(message: str, command: str, arguments: Sequence[str]) -> str:
+    """Return a message with the place of what it is about: the file that has a key, the option that lacks a value, or
+    the configuration of the checkpoint that is given without one.
+
+    Args:
+        message: the message.
+        command: name of the command.
+        arguments: of the command line.
+    """
+    if (key := re.match(r"unknown key ([\w.]+)|([\w.]+)(?: is |: )", message)) is not None:
+        file = file_with_key(arguments, key[1] or key[2])
+        return message if file is None else f"{file}: {message}"
+    if (option := re.match(r"(--[\w.-]+) needs a value", message)) is not None:
+        # argparse names an option's section, such as --data of --data.path.
+        for given, value in itertools.pairwise([*arguments, "--"]):
+            if given.startswith(option[1]) and "=" not in given and value.startswith("--"):
+                return message.replace(option[1], given)
+    if not message.startswith("no model is chosen") or command not in EVALUATIONS:
+        return message
+    options = dict(itertools.pairwise(" ".join(arguments).replace("=", " ").split()))
+    checkpoint = options.get("--ckpt_path")
+    if checkpoint is None:
+        run = Path("runs/NAME")
+        return (
+            f"{command} needs a model and a checkpoint: give --config {run / CONFIG} --ckpt_path {run}/checkpoints/best"
+        )
+    if checkpoint in ("best", "last"):
+        run = Path(options.get("--run_dir", "RUN"))
+    else:
+        run = Path(checkpoint).parents[1] if len(Path(checkpoint).parts) > 2 else Path("RUN")
+    return f"no model is chosen: give the configuration of the checkpoint's run, --config {run / CONFIG}"
+
+
 def explain(message: str, known: Sequence[str]) -> str:
     """Return jsonargparse's message in one line, with the nearest key or class if one is misspelt."""
+    if fault := re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL):
+        return words_of_fault(long_form(fault[1]), fault[2])
+    if unknown := re.fullmatch(r"unrecognized arguments: ([^-]\S*)(?<!\.yaml)(?<!\.yml)(?: .*)?", message):
+        return f"unknown argument {unknown[1]}; options begin with --, and --help lists them"
     named = re.search(r'Parser key "([\w.]+)"', message)
     key = named[1] if named else "value"
     given = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
@@ -44,7 +89,7 @@ def explain(message: str, known: Sequence[str]) -> str:
         return match[0] if found == match[0] else f"{found}: {_NO_CLASS}"
     if match := re.search(r"[\w.]+: [^\s:,]+ is not one of [\w.-]+(, [\w.-]+)*", message):
         return f"{key}.{match[0]}"
-    if match := re.search(r"(?m)^[ -]*([a-z][\w.]* is .*; expected .*)", message):
+    if match := re.search(r"(?m)^[ -]*([a-z][\w.]* is .*; expected .*|[a-z][\w.]*: .* is not a list; .*)", message):
         return f"{key}.{match[1]}"
     if given and (match := re.search(r"Subtypes: \[(<class '(?:float|int)'>.*)\]", message)):
         return f"{key} is {given[1].strip()}; expected {_type_words(match[1])}"
@@ -60,6 +105,8 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"unknown key {key}{_NO_KEYS if set(known) <= {'help'} else _nearest_key(key, known)}"
     if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
         name = match[1] or match[2]
+        if key != "value" and not classes_of(key) and key.startswith("model."):
+            return f"{key} is {name}; expected keys with values, which --{key}.help lists"
         names = classes_of(key) or _fitting("object")
         return f"no class {name}{nearest_first(name, names, 'known classes:')}"
     if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss)", message):
@@ -87,7 +134,7 @@ def explain(message: str, known: Sequence[str]) -> str:
 
 def _explain_value(key: str, value: str, message: str) -> str | None:
     """Return the message about a value of another type; None if it is about something else."""
-    if "Expected a <class 'tuple'>" in message:
+    if re.search(r"Expected a <class '(?:tuple|list|collections\.abc\.Sequence)'>", message):
         return f"{key}: {value} is not a list; write {_as_list(value)}"
     literals = re.findall(r"typing\.Literal\[(.*?)\]", message)
     allowed = ["true", "false"] if "Expected a <class 'bool'>" in message else []

@@ -21,15 +21,14 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
-from lightning_dlrm.cli.configs import file_with_key, resolve_config_arguments
-from lightning_dlrm.cli.help_text import HelpFormatter, readable_help
-from lightning_dlrm.cli.mistakes import classes_of, explain, known_keys
+from lightning_dlrm.cli.configs import resolve_config_arguments
+from lightning_dlrm.cli.help_text import HelpFormatter, only_settings, readable_help
+from lightning_dlrm.cli.mistakes import EVALUATIONS, classes_of, explain, known_keys, with_place
 from lightning_dlrm.cli.short_help import SHORT_HELP, TRUST_HELP
 from lightning_dlrm.cli.trust import admit_arguments, check_values
 from lightning_dlrm.contracts.errors import UserError, place_in_own_code, require
 from lightning_dlrm.contracts.terminal import wrapped
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.tracking.run_folder import CONFIG
 from lightning_dlrm.tracking.wandb_mode import Mode
 
 # Defaults of Lightning's callbacks may be enums, such as the interval of a Timer.
@@ -127,9 +126,7 @@ class CommandParser(LightningArgumentParser):
             raise UserError(f"{refused[1]}: {refused[2]}") from error
 
 
-_CHECKPOINT_HELP = dict.fromkeys(
-    ("validate", "test", "predict"), "checkpoint to score: a folder such as RUN/checkpoints/best"
-)
+_CHECKPOINT_HELP = dict.fromkeys(EVALUATIONS, "checkpoint to score: a folder such as RUN/checkpoints/best")
 _CHECKPOINT_HELP["fit"] = (
     "checkpoint to continue from. A folder: a new run starts from it; best or last: the run in --run_dir continues "
     "from its own. --resume auto takes the newest"
@@ -243,13 +240,15 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
     Raises:
         UserError: a configuration or an option is wrong.
     """
+    part = next((found[1] for argument in arguments if (found := re.fullmatch(r"--(data\.\w+)\.help", argument))), None)
     arguments = _name_class_of_help(arguments)
     admit_arguments(arguments)
     resolved = resolve_config_arguments(arguments)
     try:
-        settings = parser.parse_args(resolved)
+        with only_settings(part):
+            settings = parser.parse_args(resolved)
     except UserError as error:
-        raise UserError(_with_place(str(error), arguments)) from error
+        raise UserError(with_place(str(error), parser.prog.rpartition(" ")[2], arguments)) from error
     for section in ("model", "trainer", "checkpoint", "wandb"):
         found = settings[section]
         require(isinstance(found, Namespace), f"{section} is {found}; expected keys with values")
@@ -258,23 +257,6 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
         given = None if settings.seed_everything is True else settings.seed_everything
         settings.seed_everything = pl.seed_everything(given, workers=True)
     return settings
-
-
-def _with_place(message: str, arguments: Sequence[str]) -> str:
-    """Return the message about a key with the file that has the key before it, and with the run's own configuration
-    if a checkpoint is given without one."""
-    if (key := re.match(r"unknown key ([\w.]+)|([\w.]+)(?: is |: )", message)) is not None:
-        file = file_with_key(arguments, key[1] or key[2])
-        return message if file is None else f"{file}: {message}"
-    options = dict(itertools.pairwise(" ".join(arguments).replace("=", " ").split()))
-    checkpoint = options.get("--ckpt_path")
-    if not message.startswith("no model is chosen") or checkpoint is None:
-        return message
-    if checkpoint in ("best", "last"):
-        run = Path(options.get("--run_dir", "RUN"))
-    else:
-        run = Path(checkpoint).parents[1] if len(Path(checkpoint).parts) > 2 else Path("RUN")
-    return f"no model is chosen: give the configuration of the checkpoint's run, --config {run / CONFIG}"
 
 
 def _name_class_of_help(arguments: Sequence[str]) -> list[str]:

@@ -32,9 +32,9 @@ class HelpParser(argparse.ArgumentParser):
 
     def _words(self, message: str) -> str:
         if match := re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL):
-            return _words_of_fault(_long(match[1]), match[2])
+            return words_of_fault(long_form(match[1]), match[2])
         if match := re.fullmatch(r"the following arguments are required: (.*)", message):
-            return self._words_of_missing([_long(name) for name in match[1].split(", ")])
+            return self._words_of_missing([long_form(name) for name in match[1].split(", ")])
         if match := re.fullmatch(r"one of the arguments (.*) is required", message):
             names = match[1].split()
             return f"{_joined(names, 'or')} is missing: give one of them"
@@ -89,7 +89,7 @@ _KINDS = {"int": "a whole number", "float": "a number"}
 """Type of an option -> what its value is expected to be."""
 
 
-def _words_of_fault(name: str, fault: str) -> str:
+def words_of_fault(name: str, fault: str) -> str:
     """Return what is wrong with the value of an argument, and what is expected."""
     if match := re.fullmatch(r"invalid choice: (.*?) \(choose from (.*)\)", fault, re.DOTALL):
         value, choices = _unquoted(match[1]), [_unquoted(choice) for choice in match[2].split(", ")]
@@ -102,7 +102,7 @@ def _words_of_fault(name: str, fault: str) -> str:
         needs = {"one": "a value", "at least one": "one value or more", "at most one": "at most one value"}
         return f"{name} needs {needs.get(match[1], f'{match[1]} values')}"
     if match := re.fullmatch(r"not allowed with argument (.*)", fault):
-        return f"{_long(match[1])} and {name} exclude each other: give one of them"
+        return f"{long_form(match[1])} and {name} exclude each other: give one of them"
     if match := re.fullmatch(r"ignored explicit argument (.*)", fault, re.DOTALL):
         return f"{name} is given the value {_unquoted(match[1])}, but takes none: write {name} alone"
     return f"{name}: {fault}"
@@ -113,7 +113,7 @@ def _names(action: argparse.Action) -> list[str]:
     return [*action.option_strings, action.dest, *([action.metavar] if isinstance(action.metavar, str) else [])]
 
 
-def _long(name: str) -> str:
+def long_form(name: str) -> str:
     """Return the long form of an option that has a short one, such as ``--config`` of ``-c/--config``."""
     return name.rpartition("/")[2] if name.startswith("-") else name
 

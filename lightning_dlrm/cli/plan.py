@@ -276,7 +276,7 @@ def parse_indices(text: str | None, features: Features) -> dict[str, float] | No
     try:
         given = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise UserError(f"--indices {text!r}: expected numbers separated by commas") from error
+        raise UserError(f"--indices is {text}; expected numbers separated by commas, such as 1,3") from error
     columns = list(features.tables)
     require(
         len(given) in (1, len(columns)),

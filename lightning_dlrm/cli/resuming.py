@@ -7,8 +7,9 @@ from pathlib import Path
 import pytorch_lightning as pl
 from jsonargparse import Namespace
 
-from lightning_dlrm.cli.job import EVALUATIONS, Job
+from lightning_dlrm.cli.job import Job
 from lightning_dlrm.cli.launchers import is_requeued, run_of_requeued_job
+from lightning_dlrm.cli.mistakes import EVALUATIONS
 from lightning_dlrm.cli.parser import CommandParser
 from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.errors import UserError, require

@@ -28,9 +28,10 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_dlrm.cli.configs import flat
-from lightning_dlrm.cli.job import EVALUATIONS, Job
+from lightning_dlrm.cli.job import Job
 from lightning_dlrm.cli.launchers import check_started_processes, requeue, slurm_job, slurm_plugins
 from lightning_dlrm.cli.loggers import check_api_key, finish_loggers, make_loggers, wandb_address
+from lightning_dlrm.cli.mistakes import EVALUATIONS
 from lightning_dlrm.cli.parser import CommandParser, build_trainer_parser, configure_logging, fill_data_seed, parse
 from lightning_dlrm.cli.predictions import PredictionWriter
 from lightning_dlrm.cli.report import (

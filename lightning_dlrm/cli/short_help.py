@@ -104,7 +104,7 @@ examples:
 
 options:
 {_CONFIGURATION}
-  --ranks N                  world size (default: that of the Trainer's settings)
+  --ranks N                  world size (default: as the Trainer's settings)
   --memory-per-rank SIZE     most memory of a rank, or one amount for each
   --device-memory SIZE       memory of each device; other rows stay on the host
   --counted                  count the lookups of each row in the dataset

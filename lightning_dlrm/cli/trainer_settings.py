@@ -50,12 +50,7 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
             f"pytorch_lightning first, or leave {name} out for all batches",
         )
     _check_place(trainer)
-    for name in ("accumulate_grad_batches", "log_every_n_steps"):
-        require(trainer[name] is None or trainer[name] >= 1, f"trainer.{name} is {trainer[name]}; give 1 or more")
-    require(
-        (trainer["gradient_clip_val"] or 0) >= 0,
-        f"trainer.gradient_clip_val is {trainer['gradient_clip_val']}; give 0 (no clipping) or more",
-    )
+    _check_numbers(trainer)
     if str(trainer["precision"]) in ("16", "16-mixed"):
         # On a CPU Lightning would take bf16-mixed in its place.
         raise UserError(f"trainer.precision {trainer['precision']} scales the loss; use bf16-mixed")
@@ -85,6 +80,50 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
                 "leave one of them out",
             )
             _check_monitor(callback, grouped)
+
+
+_SMALLEST = {
+    "max_epochs": (-1, "0 or more, or -1 for no limit"),
+    "max_steps": (-1, "0 or more, or -1 for no limit"),
+    "min_epochs": (0, "0 or more"),
+    "min_steps": (0, "0 or more"),
+    "num_nodes": (1, "a number of machines, 1 or more"),
+    "fast_dev_run": (0, "a number of batches, 0 or more, true or false"),
+    "check_val_every_n_epoch": (1, "1 or more, or null to count the batches of val_check_interval across epochs"),
+    "num_sanity_val_steps": (-1, "0 or more, or -1 for all batches"),
+    "accumulate_grad_batches": (1, "1 or more"),
+    "log_every_n_steps": (1, "1 or more"),
+    "gradient_clip_val": (0, "0 (no clipping) or more"),
+}
+"""Argument of the Trainer -> its smallest value, and what is expected."""
+
+
+def _check_numbers(trainer: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        UserError: a number is out of range, or the name of a rule or a profiler is unknown.
+    """
+    for name, (smallest, expected) in _SMALLEST.items():
+        value = trainer[name]
+        require(value is None or value >= smallest, f"trainer.{name} is {value}; expected {expected}")
+    for name in _NUMBERS_OR_SHARES:
+        value = trainer[name]
+        if not isinstance(value, (int, float)):
+            continue
+        least = "above 0" if name == "val_check_interval" else "0 or more"
+        require(
+            (value > 0 or (value == 0 and least != "above 0")) and (isinstance(value, int) or value <= 1),
+            f"trainer.{name} is {value}; expected a number of batches, {least}, or a share of them, at most 1.0",
+        )
+    for name, known in (
+        ("gradient_clip_algorithm", ("norm", "value")),
+        ("profiler", ("simple", "advanced", "pytorch")),
+    ):
+        value = trainer[name]
+        require(
+            not isinstance(value, str) or value.lower() in known,
+            f"trainer.{name} is {value}; expected one of {', '.join(known)}",
+        )
 
 
 def _check_place(trainer: Mapping[str, Any]) -> None:

@@ -68,12 +68,12 @@ def _seeds(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--seeds {text!r}: expected whole numbers separated by commas, such as 1,2,3") from None
+        raise UserError(f"--seeds is {text}; expected whole numbers separated by commas, such as 1,2,3") from None
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--parallel {text!r}: expected a whole number, 1 or more")
+        raise UserError(f"--parallel is {text}; expected a whole number, 1 or more")
     return int(text)
 
 
