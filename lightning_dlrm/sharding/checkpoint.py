@@ -166,7 +166,7 @@ def resolve_checkpoint(folder: Path) -> Path:
             return candidate
     inner = ("checkpoints/best", "checkpoints/last", "best", "last")
     if found := [str(folder / name) for name in inner if (folder / name / MANIFEST).is_file()]:
-        raise UserError(f"{folder} is not a checkpoint, but has some: give {' or '.join(found)}")
+        raise UserError(f"{folder} is not a checkpoint, but a folder with checkpoints: give {' or '.join(found)}")
     what = "is not a checkpoint folder (no manifest.json)" if folder.exists() else "does not exist"
     raise UserError(f"checkpoint {folder} {what}; expected a folder such as runs/NAME/checkpoints/last")
 

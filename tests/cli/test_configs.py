@@ -108,7 +108,6 @@ def test_it_builds(name: str, capsys: pytest.CaptureFixture) -> None:
         (["--model.network.tables.quotient_remainder.collisions", "0"], "collisions is 0"),
         (["--model.network.interaction", "cross"], "interaction: cross needs cross"),
         (["--model.network.embedding_dim", "8"], "ends in 16 but embedding_dim is 8"),
-        (["--stop_at_auc", "much"], "stop_at_auc"),
         (["--wandb.tags", "night"], "wandb.tags: night is not a list; write [night]"),
         (["--model.averaging.decay", "much"], "model.averaging.decay is much; expected a number"),
         (["--model.averaging.decay", "3"], "averaging.decay is 3.0; expected 0 to 1"),
@@ -116,9 +115,7 @@ def test_it_builds(name: str, capsys: pytest.CaptureFixture) -> None:
         (["--model.table_optimizer.lr", "3"], "unknown key lr; did you mean learning_rate?"),
         (["--data.folder", "x"], "unknown key folder; did you mean path?"),
         (["--model.network.on_host", "x"], "unknown key on_host; did you mean tables.on_host?"),
-        (["--resume", "yes"], "resume is yes; expected auto"),
         (["--model.compile", "maybe"], "maybe is not one of true, false, default, reduce-overhead, max-autotune"),
-        (["--published", "foo"], "published is foo; expected a list of metric, value and source, such as [{"),
         (["--trainer.callbacks", "EarlyStoping"], "did you mean EarlyStopping? Known classes: ReduceOnPlateau, "),
         (["--trainer.logger", "x"], "no class x; known classes: CometLogger, "),
         (["--model.network.bottom_mlp", "[]"], "this dataset has 13 dense columns: end bottom_mlp in 16"),
@@ -126,6 +123,20 @@ def test_it_builds(name: str, capsys: pytest.CaptureFixture) -> None:
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["params", "--config", "dlrm.yaml", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--stop_at_auc", "much"], "stop_at_auc is much; expected a number"),
+        (["--resume", "yes"], "resume is yes; expected auto"),
+        (["--published", "foo"], "published is foo; expected a list of metric, value and source, such as [{"),
+    ],
+)
+def test_what_does_not_fit_a_run_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["fit", "--config", "dlrm.yaml", *options]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
 

@@ -301,7 +301,7 @@ def test_a_folder_of_checkpoints_is_no_checkpoint_and_names_them(
     for folder in (tmp_path / "run", tmp_path / "run/checkpoints"):
         assert main(["checkpoint", "info", str(folder)]) == 2
         inner = tmp_path / "run/checkpoints"
-        said = f"error: {folder} is not a checkpoint, but has some: give {inner / 'best'} or {inner / 'last'}\n"
+        said = f"error: {folder} is not a checkpoint, but a folder with checkpoints: give {inner / 'best'} or {inner / 'last'}\n"
         assert capsys.readouterr().err == said
 
 
