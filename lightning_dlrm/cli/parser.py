@@ -105,6 +105,12 @@ class CommandParser(LightningArgumentParser):
     def print_help(self, file: Any = None) -> None:
         print(readable_help(self.format_help()), end="", file=file)
 
+    def hide(self, keys: Sequence[str]) -> None:
+        """Leave options out of the help: those of some keys, and of sections with these keys."""
+        for action in self._actions:
+            if _first_key(action.dest) in keys:
+                action.help = SUPPRESS
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(" ".join(explain(message, known_keys(self)).split()))
 
@@ -166,9 +172,7 @@ def build_model_parser(command: str, **options: Any) -> CommandParser:
     # The config.yaml of a run has all options of fit; these do not concern model and data.
     parser.add_argument("--ckpt_path", type=str | None, default=None, help=SUPPRESS)
     parser.add_argument("--weights_only", type=bool | None, default=None, help=SUPPRESS)
-    for action in parser._actions:
-        if _first_key(action.dest) in _OF_RUNS:
-            action.help = SUPPRESS
+    parser.hide(_OF_RUNS)
     return parser
 
 
