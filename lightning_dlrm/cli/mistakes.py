@@ -135,6 +135,8 @@ def explain(message: str, known: Sequence[str]) -> str:
 def _explain_value(key: str, value: str, message: str) -> str | None:
     """Return the message about a value of another type; None if it is about something else."""
     if re.search(r"Expected a <class '(?:tuple|list|collections\.abc\.Sequence)'>", message):
+        if "list[int]" in message and not re.search(r"\d", value):
+            return f"{key} is {value}; expected a list of whole numbers such as [512, 256]"
         return f"{key}: {value} is not a list; write {_as_list(value)}"
     literals = re.findall(r"typing\.Literal\[(.*?)\]", message)
     allowed = ["true", "false"] if "Expected a <class 'bool'>" in message else []

@@ -15,6 +15,7 @@ import torch
 
 from datamodules import clicks
 from datamodules import writer as writing
+from datamodules.clicks import Clicks
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
 from datamodules.generate.demo import DemoSettings, demo_folder
 from datamodules.preprocess.workers import usable_cores
@@ -172,6 +173,18 @@ def test_a_wrong_path_is_an_error_and_no_fallback(tmp_path: Path) -> None:
         _ = Criteo(str(tmp_path / "nowhere")).schema
     with pytest.raises(UserError, match="is not a dataset folder"):
         Criteo(str(tmp_path)).setup("fit")
+
+
+def test_clicks_have_no_demo_data_but_read_a_folder_of_this_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = r"^data.path is missing: give --data.path DIR, a folder made by preprocess \(demo data .* class Criteo\)$"
+    for path in ("demo", Path("demo"), ""):
+        with pytest.raises(UserError, match=said):
+            Clicks(path)
+    make_dataset(Path("demo"))
+    assert Clicks("demo").schema.dataset == "kaggle"
 
 
 def test_the_thin_names_refuse_other_datasets(tmp_path: Path, folder: Path) -> None:

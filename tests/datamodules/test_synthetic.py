@@ -174,7 +174,7 @@ def test_dlrm_says_that_it_needs_dense_features(capsys: pytest.CaptureFixture[st
             "C2 hold up to 3 ids, but it has only 2 rows",
         ),
         (["--data=RandomData", "--data.law=pareto"], "data.law: pareto is not one of uniform, gaussian, zipf"),
-        (["--data=RandomData", "--data.tables=many"], "data.tables is many; expected list[int]"),
+        (["--data=RandomData", "--data.tables=many"], "data.tables is many; expected a list of whole numbers"),
         (["--data=RandomData", "--data.mean=0.3"], "mean is an option of law gaussian, but law is uniform"),
         (["--data=TraceData"], "data: the following arguments are required: source"),
         (

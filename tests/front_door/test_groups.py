@@ -90,7 +90,8 @@ def test_a_fit_can_stop_by_the_auc_by_group(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_column_that_is_not_kept_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (fit("a", "--data.group", "C1"), ["params", *fit("a", "--data.group", "C1")[1:]]):
+    options = ["--config", "dlrm.yaml", "--config", "tiny.yaml", "--data.path", "data", "--data.group", "C1"]
+    for command in (fit("a", "--data.group", "C1"), ["params", *options]):
         assert main(command) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(
