@@ -44,11 +44,12 @@ class HelpParser(argparse.ArgumentParser):
         """Return which arguments are missing, and how they are given."""
         actions = {name: action for action in self._actions for name in _names(action)}
         first = actions.get(names[0])
+        command = self.prog.removeprefix("python -m lightning_dlrm ")
         if first is not None and not first.option_strings and first.choices is not None:
-            command = self.prog.removeprefix("python -m lightning_dlrm ")
             return f"nothing follows {command}; expected one of {listed(list(map(str, first.choices)), most=40)}"
-        usage = [_usage(name, actions.get(name)) for name in names]
-        return f"{_joined(names, 'and')} {'is' if len(names) == 1 else 'are'} missing: give {' '.join(usage)}"
+        usage = " ".join(_usage(name, actions.get(name)) for name in names)
+        remedy = f"give {usage}" if names[0].startswith("-") else f"write {command} {usage}"
+        return f"{_joined(names, 'and')} {'is' if len(names) == 1 else 'are'} missing: {remedy}"
 
 
 class PlainParser(HelpParser):

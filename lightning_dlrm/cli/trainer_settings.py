@@ -115,6 +115,11 @@ def _check_numbers(trainer: Mapping[str, Any]) -> None:
             (value > 0 or (value == 0 and least != "above 0")) and (isinstance(value, int) or value <= 1),
             f"trainer.{name} is {value}; expected a number of batches, {least}, or a share of them, at most 1.0",
         )
+    time = trainer["max_time"]
+    require(
+        not isinstance(time, str) or re.fullmatch(r"\d+:\d\d:\d\d:\d\d", time.strip()),
+        f"trainer.max_time is {time}; expected days:hours:minutes:seconds, such as 00:01:30:00",
+    )
     for name, known in (
         ("gradient_clip_algorithm", ("norm", "value")),
         ("profiler", ("simple", "advanced", "pytorch")),

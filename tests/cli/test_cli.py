@@ -308,6 +308,7 @@ def test_a_profiler_is_heard_and_kept_in_the_configuration(caplog: pytest.LogCap
         ("--trainer.limit_val_batches=-3", "limit_val_batches is -3; expected a number of batches, 0 or more, or a sh"),
         ("--trainer.limit_val_batches=1.5", "limit_val_batches is 1.5; expected a number of batches, 0 or more, or a"),
         ("--trainer.gradient_clip_algorithm=x", "trainer.gradient_clip_algorithm is x; expected one of norm, value"),
+        ("--trainer.max_time=3", "trainer.max_time is 3; expected days:hours:minutes:seconds, such as 00:01:30:00"),
         ("--trainer.profiler=x", "trainer.profiler is x; expected one of simple, advanced, pytorch"),
         ("--stop_at_auc=0.3", "stop_at_auc is 0.3"),
         ("--stop_at_auc=0.8 --trainer.limit_val_batches=0", "trainer.limit_val_batches is 0"),

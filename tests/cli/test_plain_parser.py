@@ -48,7 +48,7 @@ def parser() -> PlainParser:
     [
         ("", "nothing follows try; expected one of make, cut, join"),
         ("mak", "WORK is mak; did you mean make? Expected one of make, cut, join"),
-        ("make", "FILE and --output are missing: give FILE --output DIR"),
+        ("make", "FILE and --output are missing: write try make FILE --output DIR"),
         ("make x", "--output is missing: give --output DIR"),
         ("cut", "--parts or --size is missing: give one of them"),
         ("join", "--pair is missing: give --pair A B"),
@@ -84,7 +84,10 @@ def test_what_is_wrong_is_said_in_plain_words(arguments: str, said: str) -> None
         ("bench", "nothing follows bench; expected one of lookup, step, fit, "),
         ("generate", "nothing follows generate; expected one of "),
         ("checkpoint", "nothing follows checkpoint; expected one of import, info, merge, reshard;"),
-        ("checkpoint info", "PATH is missing: give PATH; python -m lightning_dlrm checkpoint info --help lists"),
+        (
+            "checkpoint info",
+            "PATH is missing: write checkpoint info PATH; python -m lightning_dlrm checkpoint info --help lists",
+        ),
         ("checkpoint reshard x --ranks 0 --output y", "checkpoint x does not exist"),
         ("checkpoint import x.pt --output", "--output needs a value; python -m lightning_dlrm checkpoint import --h"),
         ("compare --split tset", "--split is tset; did you mean test? Expected one of test, validation; "),
