@@ -628,7 +628,8 @@ def test_help_of_a_class_and_its_options(arguments: list[str], option: str, caps
 def test_help_of_one_screen_starts_without_torch() -> None:
     script = (
         "import sys; from lightning_dlrm.__main__ import main; assert main(['fit', '--help']) == 0\n"
-        "for name in ('compare', 'checkpoint', 'bench'):\n    try: main([name, '--help'])\n    except SystemExit: pass\n"
+        "for name in ('compare', 'checkpoint', 'bench'):\n    try: main([name, '--help'])\n"
+        "    except SystemExit: pass\n"
         "assert not {'torch', 'jsonargparse', 'numpy'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

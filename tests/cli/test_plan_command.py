@@ -1,0 +1,70 @@
+"""Contract: ``plan`` says what it is for, takes its ranks from the Trainer, and refuses wrong options in one line."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_dlrm.__main__ import main
+
+SMALL = ["plan", "--config", "dlrm.yaml", "--data.demo.max_table_rows", "20"]
+
+
+@pytest.mark.parametrize(
+    ("options", "setup"),
+    [
+        ("", "1 rank; row i is looked up in proportion to (i + 1)^-1"),
+        ("--trainer.devices 2 --trainer.num_nodes 3 --skew 1.05", "6 ranks; row i is looked up in pro"),
+        ("--trainer.devices 2 --ranks 3 --skew 0", "3 ranks; all rows of a table are looked up equally often"),
+        ("--trainer.devices auto", "1 rank; row i"),
+        ("--trainer.devices -1 --skew 1.5", "1 rank; row i is looked up in proportion to (i + 1)^-1.5"),
+        ("--device-memory 1GiB", "1 device with 1GiB; row i"),
+        ("--device-memory 1GiB --trainer.devices 2", "2 devices with 1GiB each; row i"),
+    ],
+)
+def test_the_first_line_says_what_the_plan_is_for(options: str, setup: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--config", "small.yaml", *options.split()]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(f"DLRM of dlrm.yaml + small.yaml on demo data, global batch 2,048, {setup}"), line
+    assert main([*SMALL, *options.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["network"], found["configurations"], found["data"]) == ("DLRM", ["dlrm.yaml"], "demo data")
+    assert found["ranks"] == int(setup[0]) and found["batch_size"] == 2048 and isinstance(found["skew"], float)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--ranks 0", "--ranks is 0; expected a number of ranks from 1 to 4,096"),
+        ("--ranks -3", "--ranks is -3; expected a number of ranks from 1 to 4,096"),
+        ("--device-memory 1GiB --ranks 0", "--ranks is 0; expected a number of ranks from 1 to 4,096"),
+        ("--ranks many", "ranks is many; expected a whole number"),
+        ("--trainer.devices 5000", "trainer.devices times trainer.num_nodes is 5000; expected a number of ranks from"),
+        (
+            "--memory-per-rank lots",
+            "--memory-per-rank is lots; expected an amount such as 80GiB, or one for each rank: 24GiB,80GiB",
+        ),
+        ("--device-memory lots", "--device-memory is lots; expected an amount such as 80GiB"),
+        ("--resume auto", "--resume has no effect on plan, which trains nothing: leave it out"),
+        ("--run_dir=x", "--run_dir has no effect on plan, which trains nothing: leave it out"),
+        ("--checkpoint.every_n_steps 3", "--checkpoint.every_n_steps has no effect on plan, which trains nothing"),
+        ("--ckpt_path x", "plan opens no checkpoint: leave --ckpt_path out"),
+    ],
+)
+def test_wrong_options_of_the_command(options: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, *options.split()]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {said}"), error
+
+
+def test_options_of_runs_are_read_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "config.yaml"
+    run.write_text("run_dir: x\nresume: auto\nstop_at_auc: 0.7\nlog_norms: true\ncheckpoint: {every_n_steps: 3}\n")
+    for command in ("plan", "params"):
+        assert main([command, *SMALL[1:], "--config", str(run)]) == 0
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main([command, "--help.all"])
+        said = capsys.readouterr().out
+        assert "--data " in said and not re.search(r"--(run_dir|resume|stop_at_auc|log_norms|checkpoint)", said)
