@@ -260,14 +260,22 @@ class LogSchema:
         )
 
     def _check_separator(self, names: Sequence[str], sources: Collection[str], where: str) -> None:
-        """Refuse a header that another separator would split into columns that the schema names."""
-        if len(names) == 1 and names[0] not in sources:
-            found = next((one for one in _SEPARATORS if len(set(names[0].split(one)) & set(sources)) > 1), None)
+        """Refuse a first line that another separator would split: into the schema's columns, or into values."""
+        if len(names) != 1 or names[0] in sources:
+            return
+        parts = {one: names[0].split(one) for one in _SEPARATORS}
+        for one, found in parts.items():
             require(
-                found is None,
-                f"{where}: the header is one field, {names[0][:80]!r}: is the separator {found!r}? set separator in "
+                len(set(found) & set(sources)) < 2,
+                f"{where}: the header is one field, {names[0][:80]!r}: is the separator {one!r}? set separator in "
                 "the schema",
             )
+        one, found = max(parts.items(), key=lambda part: len(part[1]))
+        require(
+            len(found) < 2 or not _seem_values(found),
+            f"{where} has no header: its first line looks like {len(found)} values between {one!r}; set separator in "
+            f"the schema, and give the columns as names: [...]{_if_criteo(found)}",
+        )
 
     def document(self) -> dict[str, Any]:
         """Return the schema as JSON values, without values at their default."""
@@ -276,13 +284,24 @@ class LogSchema:
 
 def no_header(names: Collection[str]) -> str:
     """Return a remedy if names of columns look like values, so that the file seems to have no header."""
-    values = [name for name in names if not name or name.replace(".", "", 1).removeprefix("-").isdecimal()]
-    if len(values) * 3 < len(names):
+    if not _seem_values(names):
         return ""
     return (
         f"; its first line looks like values ({listed(list(map(repr, names))[:4])}, ...): if the file has no header, "
-        "give the columns as names: [...] in the schema; Criteo's raw text needs format: criteo, or --dataset"
+        f"give the columns as names: [...] in the schema{_if_criteo(names)}"
     )
+
+
+def _seem_values(names: Collection[str]) -> bool:
+    values = [name for name in names if not name or name.replace(".", "", 1).removeprefix("-").isdecimal()]
+    return len(values) * 3 >= len(names)
+
+
+def _if_criteo(fields: Collection[str]) -> str:
+    """Return a remedy for fields that are as many as Criteo's."""
+    if len(fields) != 1 + len(CRITEO_DENSE) + len(CRITEO_CATEGORICAL):
+        return ""
+    return "; Criteo's raw text needs no schema of your own: give --dataset and --protocol instead of --schema"
 
 
 def parse_label(text: str, names: Collection[str]) -> Label:

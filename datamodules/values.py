@@ -1,10 +1,9 @@
-"""Columns of a click log -> labels, numbers, categories, bags and times, as the schema of the log says.
+"""Columns of a click log -> labels, numbers, categories and bags, as the schema of the log says.
 
 Each function takes an Arrow column as a reader made it, of any type, and names the first row with a value that it does
 not take. Nothing here imports torch.
 """
 
-import datetime
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +32,6 @@ YES = ("yes", "true", "y", "t", "ja", "oui", "si", "click", "clicked")
 _SHOWN = 5
 _NUMBER = "a number; correct the line, list texts of missing values under nulls, or give the column another role"
 _LARGEST = np.finfo(np.float32).max  # dense values are stored as float32
-_MICROSECONDS, _YEARS = {"unix": 1_000_000, "unix_ms": 1_000}, (1900, 2200)
-_MOMENTS = [np.datetime64(str(year), "us").astype(np.int64) for year in _YEARS]  # of numbers that can be times
 
 
 class BadValueError(Exception):
@@ -95,17 +92,16 @@ def check_single(name: str, column: pa.ChunkedArray) -> None:
     if pa.types.is_nested(column.type) or is_extension:
         is_object = is_extension or pa.types.is_struct(column.type)
         what, remedy = ("objects", "give it the role leave") if is_object else ("lists", "give it the role multi_hot")
-        raise _bad_column(column, f"{name} holds {what} ({column.type}), expected single values; {remedy}")
+        raise bad_column(column, f"{name} holds {what} ({column.type}), expected single values; {remedy}")
 
 
-def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".", expected: str = _NUMBER) -> pa.DoubleArray:
+def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".") -> pa.DoubleArray:
     """Return numbers float64, null where a value is missing or NaN.
 
     Args:
         name: of the column, for messages.
         column: numbers, or texts of numbers.
         decimal: the decimal point of texts.
-        expected: what a text should be, and the remedy.
 
     Raises:
         BadValueError: a text is not a number, or a number is infinite or beyond float32.
@@ -118,14 +114,14 @@ def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".", expected: st
         if found.null_count > encoded.null_count:
             raise BadValueError(
                 pc.and_(found.is_null(), encoded.is_valid()),
-                lambda row: f"{name} is {shown(encoded[row].as_py())}, expected {expected}",
+                lambda row: f"{name} is {shown(encoded[row].as_py())}, expected {_NUMBER}",
             )
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind):
-        found = _whole(column if kind == column.type else column.cast(kind)).cast(pa.float64(), safe=False)
+        found = whole(column if kind == column.type else column.cast(kind)).cast(pa.float64(), safe=False)
     elif pa.types.is_decimal(kind):
-        found = _whole(column).cast(pa.float64())
+        found = whole(column).cast(pa.float64())
     else:
-        raise _bad_column(column, f"{name} has the type {kind}, expected numbers; give the column another role")
+        raise bad_column(column, f"{name} has the type {kind}, expected numbers; give the column another role")
     array = found.to_numpy(zero_copy_only=False)
     too_large = np.abs(array) > _LARGEST
     if too_large.any():
@@ -256,102 +252,6 @@ def weights(
     return pa.ListArray.from_arrays(pa.array(kept_ends.astype(np.int32)), values.filter(pa.array(keep)))
 
 
-def times(name: str, column: pa.ChunkedArray, form: str | None) -> pa.TimestampArray:
-    """Return times in microseconds, null where one is missing.
-
-    Args:
-        name: of the column, for messages.
-        column: times, dates, numbers or texts.
-        form: ``LogColumn.time``.
-
-    Raises:
-        BadValueError: a value is not a time of that form, or a number means a year outside 1900 to 2200.
-    """
-    kind = pa.timestamp("us")
-    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
-        exact = getattr(column.type, "unit", None) != "ns"
-        return _whole(column.cast(pa.timestamp("us", getattr(column.type, "tz", None)), safe=exact)).cast(kind)
-    if form is not None and form in _MICROSECONDS:
-        unit, other = ("seconds", "unix_ms") if form == "unix" else ("milliseconds", "unix")
-        expected = f"{unit} since 1970 (time: {form}); set time to iso or to a format such as '%d.%m.%Y'"
-        seconds = numbers(name, column, expected=expected).to_numpy(zero_copy_only=False)
-        moments = np.nan_to_num(seconds) * _MICROSECONDS[form]
-        wrong = (moments < _MOMENTS[0]) | (moments >= _MOMENTS[1])
-        if wrong.any():
-            raise BadValueError(
-                wrong,
-                lambda row: (
-                    f"{name} is {seconds[row]:.15g}, which is not in the years {_YEARS[0]} to {_YEARS[1]} as time "
-                    f"{form}; try {other}, or correct the line"
-                ),
-            )
-        whole = np.round(moments).astype(np.int64)
-        return pa.array(whole, mask=np.isnan(seconds)).cast(kind)
-    encoded = texts(column)
-    if form is None or form == "iso":
-        values = pa.array([_iso(text) for text in encoded.dictionary.to_pylist()], kind)
-    else:
-        values = pc.strptime(encoded.dictionary, form, "us", error_is_null=True)
-    found = values.take(encoded.indices)
-    if found.null_count > encoded.null_count:
-        expected = "an ISO time such as 2024-05-01 12:00:00" if form in (None, "iso") else f"a time as {form!r}"
-        raise BadValueError(
-            pc.and_(found.is_null(), encoded.is_valid()),
-            lambda row: (
-                f"{name} is {shown(encoded[row].as_py())}, expected {expected}; correct the line, or time in the schema"
-            ),
-        )
-    return found
-
-
-def kept(name: str, column: pa.ChunkedArray, form: str | None) -> pa.Array:
-    """Return values of a kept column in a type of ``KEPT_TYPES``; texts as a dictionary, and only nulls as they are.
-
-    Raises:
-        BadValueError: see ``times``.
-    """
-    kind = column.type
-    if form is not None or pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        return times(name, column, form)
-    if pa.types.is_boolean(kind) or pa.types.is_null(kind):
-        return _whole(column)
-    if pa.types.is_integer(kind) and not pa.types.is_uint64(kind):
-        return _whole(column).cast(pa.int64())
-    if pa.types.is_floating(kind):
-        return _whole(column).cast(pa.float64())
-    return texts(column)
-
-
-def split_keys(name: str, column: pa.ChunkedArray, form: str | None) -> np.ndarray:
-    """Return int64 [n] in the order of times.
-
-    Args:
-        name: of the column, for messages.
-        column: times, or numbers that are in the order of time.
-        form: ``LogColumn.time``.
-
-    Raises:
-        BadValueError: a time is missing or has another form, or text is found and no form given.
-    """
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if form is None and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        found: pa.Array = numbers(name, column)
-        keys = ordered_bits(found.to_numpy(zero_copy_only=False))
-    elif form is None and not (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
-        raise _bad_column(
-            column,
-            f"{name} is text, which a split by time cannot order; set in the schema how it becomes a time: columns: "
-            f"{name}: {{role: leave, time: ...}}",
-        )
-    else:
-        found = times(name, column, form)
-        keys = found.cast(pa.int64()).fill_null(0).to_numpy()
-    if found.null_count:
-        fault = f"{name} is missing, expected a time in every row to split by; remove the row"
-        raise BadValueError(found.is_null(), lambda row: fault)
-    return keys
-
-
 def split_codes(
     name: str, column: pa.ChunkedArray, values: Mapping[str, Sequence[str]], splits: Sequence[str]
 ) -> np.ndarray:
@@ -393,15 +293,15 @@ def _lists(name: str, column: pa.ChunkedArray, separator: str | None) -> pa.List
         return pa.array([None] * len(column), pa.list_(pa.string()))
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if is_list and separator is None:
-        return _whole(column.cast(pa.list_(kind.value_type)))
+        return whole(column.cast(pa.list_(kind.value_type)))
     if is_list or separator is None:
         remedy = "leave separator out" if is_list else "give the separator of its items in the schema"
-        raise _bad_column(column, f"{name} holds {'lists' if is_list else 'single values'}; {remedy}")
+        raise bad_column(column, f"{name} holds {'lists' if is_list else 'single values'}; {remedy}")
     encoded = texts(column)
     return pc.split_pattern(encoded.dictionary, separator).take(encoded.indices)
 
 
-def _whole(column: pa.ChunkedArray) -> pa.Array:
+def whole(column: pa.ChunkedArray) -> pa.Array:
     """Return a column in one piece."""
     found = column.combine_chunks()
     if isinstance(found, pa.ChunkedArray):
@@ -409,7 +309,7 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
     return found
 
 
-def _bad_column(column: pa.ChunkedArray, fault: str) -> BadValueError:
+def bad_column(column: pa.ChunkedArray, fault: str) -> BadValueError:
     """Return the error of a column whose values are all of a wrong type."""
     return BadValueError(np.ones(len(column), bool), lambda row: fault)
 
@@ -430,14 +330,6 @@ def _number(text: str, decimal: str = ".") -> float | None:
         return None if "_" in text else float(text if decimal == "." else text.replace(".", "x").replace(decimal, "."))
     except ValueError:
         return None
-
-
-def _iso(text: str) -> datetime.datetime | None:
-    try:
-        time = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return time if time.tzinfo is None else time.astimezone(datetime.UTC).replace(tzinfo=None)
 
 
 def shown(value: Any) -> str:

@@ -19,7 +19,10 @@ from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 from lightning_dlrm.contracts.shipped import shipped_names
 from lightning_dlrm.contracts.terminal import command_after, command_line, counted, wrapped
 
-GENERATE_HELP = "generate data: demo data with a known best score, random data, traces, raw text"
+_DESCRIPTION = """\
+Write generated data: a dataset folder for fit, or raw files for preprocess. Each kind has its own options:
+  python -m lightning_dlrm generate KIND --help
+"""
 
 _DEMO_DESCRIPTION = """\
 Write a dataset folder that looks like Criteo Kaggle: its 40 columns, the sizes of its tables, skewed ids and missing
@@ -52,29 +55,23 @@ then:
 """
 
 _TRACE_DESCRIPTION = """\
-Fit a generator to the order in which columns access the rows of their tables, generate any number of similar accesses,
-and report how similar they are. The generated accesses have the stack distances of the original, so they
-have the same hit rate in an LRU cache of any size, and as many distinct rows. A saved profile generates accesses later,
-without the data.
-
-Not reproduced: which rows stay popular (in the long run, all rows are accessed equally often), and the dependence
-between columns. After the length of the original, accesses keep the distances of its last octave, and new rows appear
-by the power law of that octave until all rows of the table have been accessed. This takes at most 41 bytes of memory
-for each distinct row of all columns, and 4 for each row of the largest table, for any length. Needs: pip install
-'lightning-dlrm[trace]'
+Write a dataset folder whose columns access the rows of their tables in an order like that of real columns: with the
+same hit rates in an LRU cache of any size, and as many distinct rows. The command measures and prints how similar they
+are. A saved profile generates accesses later, without the data. docs/generated-data.md says what is not reproduced.
+Needs: pip install 'lightning-dlrm[trace]'
 
 examples:
   python -m lightning_dlrm generate trace --from data/criteo --column C3 --output data/trace --plot fit.png
-  python -m lightning_dlrm generate trace --from data/criteo --profile criteo-profiles.json
-  python -m lightning_dlrm generate trace --profile criteo-profiles.json --rows 100000000 --output data/long
+  python -m lightning_dlrm generate trace --from data/criteo --profile criteo.json
+  python -m lightning_dlrm generate trace --profile criteo.json --rows 100000000 --output data/long
 then:
   python -m lightning_dlrm fit --config dlrm.yaml --data.path data/trace
 """
 
 _TSV_DESCRIPTION = """\
-Write raw text in the format of Criteo's click logs, which preprocess reads: label, 13 integers, 26 hashes, empty where
-a value is missing. Hashes are skewed, and more rows have more different hashes, as in the real data. The labels are
-drawn from a planted click model. The same options give the same rows everywhere; more rows begin with the same rows.
+Write raw text in the form of Criteo's click logs, for preprocess: a label, 13 integers and 26 hashes between tabs,
+empty if missing. The clicks are drawn from a planted model. The same options give the same rows everywhere; more rows
+begin with the same rows.
 
 examples:
   python -m lightning_dlrm generate tsv --rows 1000000 --output train.txt
@@ -84,13 +81,17 @@ then:
 """
 
 _LOG_DESCRIPTION = """\
-Write a raw log in the form of a public data set (file names, header, separator, format of the values), or a log of five
-columns, to try a schema or `preprocess --infer` without the real data. The labels are drawn from a planted click model.
+Write a raw log of five columns, or one in the form of a public data set (file names, header, separator, values), to try
+preprocess --infer or a schema without the real data. The clicks are drawn from a planted model.
+
+forms:
+{forms}
 
 examples:
   python -m lightning_dlrm generate log --form shop --rows 100000 --output mylog
   python -m lightning_dlrm generate log --form avazu --rows 200000 --output avazu
 then:
+  python -m lightning_dlrm preprocess --infer log.yaml --label clicked --input mylog/clicks.csv
   python -m lightning_dlrm preprocess --schema datasets/avazu.yaml --input avazu/train --output data/avazu
 """
 
@@ -217,8 +218,8 @@ def _trace_options() -> list[Option]:
 
 
 def _tsv_options() -> list[Option]:
-    output_help = "files to make; the rows are spread over them in order; compressed if named .gz or .zst"
-    dataset_help = "the dataset to imitate: its shares of missing values, distinct hashes and clicks (default: kaggle)"
+    output_help = "files for the rows, in order; .gz and .zst are compressed"
+    dataset_help = "Criteo's dataset to imitate (default: kaggle)"
     seed_help = "seed of the planted model and of the rows (default: %(default)s)"
     return [
         ("--output", {"required": True, "nargs": "+", "type": Path, "metavar": "FILE", "help": output_help}),
@@ -229,9 +230,8 @@ def _tsv_options() -> list[Option]:
 
 
 def _log_options() -> list[Option]:
-    forms = "; ".join(f"{name}: {form.about}" for name, form in FORMS.items())
     return [
-        ("--form", {"required": True, "choices": FORMS, "metavar": "NAME", "help": f"form of the log: {forms}"}),
+        ("--form", {"required": True, "choices": FORMS, "metavar": "NAME", "help": "form of the log: see forms above"}),
         ("--output", {"required": True, "type": Path, "metavar": "DIR", "help": "folder for the files"}),
         ("--rows", {"required": True, "type": int, "metavar": "N", "help": "rows of all files together"}),
         ("--seed", {"type": int, "default": 0, "help": "seed of the rows (default: %(default)s)"}),
@@ -240,7 +240,8 @@ def _log_options() -> list[Option]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the kinds of data and their options to a parser; ``run`` takes what it parses."""
-    parser.description = GENERATE_HELP
+    parser.description = _DESCRIPTION
+    forms = "\n".join(f"  {name:<13} {form.about}" for name, form in FORMS.items())
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, words, description, options, run_kind in (
         (
@@ -259,7 +260,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
         ("trace", "accesses like those of a dataset's columns", _TRACE_DESCRIPTION, _trace_options(), _run_trace),
         ("tsv", "raw text shaped like Criteo's click logs", _TSV_DESCRIPTION, _tsv_options(), _run_tsv),
-        ("log", "raw logs in the form of other public data sets", _LOG_DESCRIPTION, _log_options(), _run_log),
+        (
+            "log",
+            "raw logs in the form of other public data sets",
+            _LOG_DESCRIPTION.format(forms=forms),
+            _log_options(),
+            _run_log,
+        ),
     ):
         kind = kinds.add_parser(name, help=words, description=description)
         for option, settings in options:

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,183 +13,105 @@ from datamodules.preprocess.protocols import DATASETS, PROTOCOLS
 from datamodules.preprocess.report import fit_command, one_label_warnings, render_report, threshold_warnings
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
-from lightning_dlrm.contracts.terminal import command_after, command_line, wrapped
+from lightning_dlrm.contracts.terminal import command_after, command_line, line_width, wrapped
 
 _SMALL_LOG = 1_000_000
 """Number of training rows below which the recipes for small logs are better."""
 
 _DESCRIPTION = """\
-Read raw click logs and make a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in Parquet.
+Turn raw click logs into a dataset folder, which fit, inspect and plan take.
 
-Your own log (CSV, JSON lines or Parquet) needs a --schema: a YAML file that names the label, the role of each column,
-and the split. --infer writes a first schema; docs/own-data.md explains schemas; schemas of some public logs are
-shipped.
-
-Criteo's files need a --dataset and a --protocol, or a schema such as datasets/criteo_dlrm.yaml, which means the same
-as --protocol dlrm, and can be copied and changed. A raw line has 40 fields separated by tabs: a label, 13
-integers, and 26 hashes of 8 hexadecimal digits; an empty integer or hash is a missing value.
-
-Text is plain, or compressed by gzip or Zstandard.
-
-examples:
-  python -m lightning_dlrm preprocess --infer log.yaml --label 'rating >= 4' --input log.csv
+Your own log (CSV, JSON lines or Parquet); edit the schema between the two:
+  python -m lightning_dlrm preprocess --infer log.yaml --label clicked --input log.csv
   python -m lightning_dlrm preprocess --schema log.yaml --input log.csv --output data/log
-  python -m lightning_dlrm preprocess --vocabulary data/log --input new.csv --output data/log_new
+Criteo's files, by a protocol that is known by name:
   python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output data/kaggle
-  python -m lightning_dlrm preprocess --dataset terabyte --protocol dlrm --max-rows 10000000 \\
-      --input day_{0..23}.gz --output data/terabyte
-  python -m lightning_dlrm preprocess --dataset terabyte --protocol mlperf --max-rows 40000000 --multi-hot mlperf \\
-      --input s3://bucket/day_{0..23}.zst --output data/dlrm_v2 --scheduler tcp://10.0.0.1:8786
-  python -m lightning_dlrm preprocess --vocabulary data/kaggle --input test.txt --output data/kaggle_test
-then:
-  python -m lightning_dlrm fit --config dlrm.yaml --config criteo_kaggle.yaml --data.path data/kaggle
+New rows, for a model that was trained on data/log:
+  python -m lightning_dlrm preprocess --vocabulary data/log --input new.csv --output data/new
 """
 
-_SPLITS = """\
-splits (a schema has its own):
-  terabyte, several files   the last file given is held out: its first half is the test split and its second half the
-                            validation split; under the protocol mlperf its first half is the validation split
-  kaggle, or a single file  by position into seven equal days: six train, the last day is held out in the same way
-  bars                      random 8:1:1: of every ten rows, one goes to test and one to validation, drawn from --seed
-
-new rows:
-  --vocabulary DIR encodes rows, with or without labels, in the same way as the rows of DIR, and makes them the test
-  split, which a model trained on DIR can score. A value that is not in the vocabulary of DIR gets the id of unknown
-  values. The protocols dlrm and mlperf have no such id: the value gets the id of rare values or, without that, the last
-  id, which belongs to the rarest value and whose row was trained least. Bins keep the edges of DIR.
-
-what to expect:
-  The same input gives the same bytes with any number of workers. Rows keep their order. The same command resumes an
-  interrupted run, also after kill -9; the files of the run are in .NAME.preprocess beside the output (with --work, in
-  .NAME-MARK.preprocess, where MARK tells outputs of the same name apart). A finished dataset is not changed.
-  On two cores, Kaggle's 46 million rows take some minutes and about 1 GB of memory. More rows need more disk, but no
-  more memory; an estimate is shown first. An error names the file and line of wrong input; the exit code is then 2.
-  DIR/report.json lists inputs, rows and table sizes, and the time, memory and disk of each stage.
-
-URLs:
-  Inputs, the output and --vocabulary may be URLs that fsspec knows (s3://, gs://, hf://, ...) if the package for them
-  is installed (s3fs, gcsfs, huggingface_hub). The working folder of a remote output is made in the current folder, or
-  in --work. Files in memory:// exist in one process, which then does all the work.
-
-clusters:
-  --scheduler runs all work on a Dask cluster (pip install 'lightning-dlrm[cluster]'; dask scheduler; dask
-  worker ADDRESS). Its workers need this package, and must share the file system of the output (or of --work) with
-  this machine.
+_MORE = """
+The same command resumes an interrupted run. Wrong input is one line with its
+file and line number, and exit code 2. docs/preprocess.md has the details:
+splits, new rows, URLs, clusters, disk and memory.
 """
 
 
 def _epilog() -> str:
-    protocols = [
-        textwrap.fill(protocol.summary, 119, initial_indent=f"  {name:<9}", subsequent_indent=" " * 11)
-        for name, protocol in PROTOCOLS.items()
-    ]
-    return "\n".join(["protocols (their scores cannot be compared with each other):", *protocols, "", _SPLITS])
+    lines = [f"  {name:<9} {protocol.summary}" for name, protocol in PROTOCOLS.items()]
+    return "\n".join(["protocols (scores under different protocols are not comparable):", *lines, _MORE])
 
 
 _INFER_OPTIONS: dict[str, dict[str, Any]] = {
     "--infer": {
         "type": Path,
         "metavar": "FILE.yaml",
-        "help": "read a sample of --input and write a schema of it, with what was found as comments; makes no dataset",
+        "help": "the schema to write, from a sample of --input",
     },
     "--label": {
         "metavar": "LABEL",
-        "help": "what to predict: a column of 0 and 1, or a condition such as 'rating >= 4'; without "
-        "it, candidates are listed",
+        "help": "what to predict: a column of 0 and 1, or a condition such as 'rating >= 4'; candidates are listed "
+        "without it",
     },
-    "--columns": {"metavar": "NAME,...", "help": "names of the columns of text files without a header"},
+    "--columns": {"metavar": "NAME,...", "help": "names of the columns, if the files have no header"},
 }
 
 
 _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "what to read and write": {
-        "--schema": {
-            "type": Path,
-            "metavar": "FILE.yaml",
-            "help": "schema of the log: your own file, or a shipped one such as datasets/avazu.yaml; replaces "
-            "--dataset and all options that encode Criteo's rows",
-        },
+    "make a dataset": {
         "--input": {
             "required": True,
             "nargs": "+",
             "metavar": "PATH",
-            "help": "raw files or URLs, in the order of days (a shell lists day_* as day_1, day_10, day_11)",
+            "help": "raw files or URLs, in the order of days",
         },
-        "--output": {
-            "metavar": "DIR",
-            "help": "folder or URL to make; it must not exist, or must be empty (required unless --infer is given)",
-        },
-        "--work": {
+        "--output": {"metavar": "DIR", "help": "the dataset folder to make, or a URL; new, or empty"},
+        "--schema": {
             "type": Path,
-            "metavar": "DIR",
-            "help": "where the working folder is made (default: beside the output)",
+            "metavar": "FILE.yaml",
+            "help": "of a log: your own schema, or a shipped one such as datasets/avazu.yaml",
         },
-        "--on-bad-row": {
-            "choices": get_args(OnBadRow),
-            "default": "fail",
-            "help": "what to do with a line that does not have Criteo's format, or does not fit the schema: end the "
-            "run, or skip the line and list it in "
-            "DIR/bad_rows.tsv with file, line and reason (default: %(default)s)",
-        },
-    },
-    "how to encode Criteo's rows, and new rows of any log (--vocabulary)": {
-        "--dataset": {
-            "choices": DATASETS,
-            "help": "Criteo's dataset that the files belong to; decides how rows are split (required unless --schema "
-            "or --vocabulary is given)",
-        },
+        "--dataset": {"choices": DATASETS, "help": "Criteo's dataset that the files belong to; sets the split"},
         # No choices: Options refuses an unknown protocol, as in Python.
-        "--protocol": {
-            "metavar": "NAME",
-            "help": "how raw values become features (required unless --schema or --vocabulary is given): "
-            f"{', '.join(PROTOCOLS)}",
-        },
-        "--vocabulary": {
-            "metavar": "DIR",
-            "help": "encode new rows in the same way as this dataset, whose settings replace --dataset and all options "
-            "of this group",
-        },
-        "--bins": {
-            "type": int,
-            "metavar": "N",
-            "help": "quantile: the largest number of bins of an integer column (default: 30); equal values share a bin",
-        },
+        "--protocol": {"metavar": "NAME", "help": "how Criteo's values become features: see protocols below"},
+        "--vocabulary": {"metavar": "DIR", "help": "encode new rows, with or without labels, as this dataset is"},
+    },
+    "change a protocol of Criteo (of a log, change the schema)": {
         "--min-count": {
             "type": int,
             "metavar": "N",
-            "help": "values seen fewer than N times share one id (default: the protocol's; 1 keeps every value)",
+            "help": "values seen fewer than N times share a row; 1 keeps all (default: the protocol's)",
         },
-        "--max-rows": {
-            "type": int,
-            "metavar": "N",
-            "help": "rows of the largest table: dlrm takes hashes modulo N before it counts them, mlperf takes ids "
-            "modulo N (default: no limit; the published Terabyte models use 10000000 and 40000000)",
-        },
+        "--max-rows": {"type": int, "metavar": "N", "help": "dlrm, mlperf: most rows of a table (default: no limit)"},
+        "--bins": {"type": int, "metavar": "N", "help": "quantile: most bins of an integer column (default: 30)"},
         "--negative-sampling-rate": {
             "type": float,
             "default": 1.0,
             "metavar": "SHARE",
-            "help": "share of the training rows with label 0 that is kept (default: all)",
+            "help": "share of the training rows with label 0 to keep (default: 1)",
         },
-        "--multi-hot": {
-            "choices": ("mlperf",),
-            "help": "terabyte: bags of ids with the sizes of MLPerf DLRM v2, 214 ids per row; each bag begins with the "
-            "row's own id",
-        },
+        "--multi-hot": {"choices": ("mlperf",), "help": "terabyte: make the bags of ids of MLPerf DLRM v2"},
         "--multi-hot-distribution": {
             "choices": DISTRIBUTIONS,
             "default": "uniform",
-            "help": "distribution of the other ids of a bag (default: %(default)s)",
+            "help": "of the ids that are added to a bag (default: %(default)s)",
         },
         "--seed": {
             "type": int,
             "default": 0,
-            "help": "seed of random splits, sampling and bags (default: %(default)s)",
+            "metavar": "N",
+            "help": "of random splits, sampling and bags (default: %(default)s)",
         },
     },
-    "where to run": {
+    "how to run": {
+        "--on-bad-row": {
+            "choices": get_args(OnBadRow),
+            "default": "fail",
+            "help": "end at a bad line, or skip it and list it in DIR/bad_rows.tsv (default: %(default)s)",
+        },
         "--workers": {"type": int, "metavar": "N", "help": "processes on this machine (default: one per core)"},
-        "--scheduler": {"metavar": "ADDRESS", "help": "a Dask scheduler, such as tcp://10.0.0.1:8786"},
+        "--scheduler": {"metavar": "ADDRESS", "help": "work on a Dask cluster, such as tcp://10.0.0.1:8786"},
+        "--work": {"type": Path, "metavar": "DIR", "help": "place of temporary files (default: beside --output)"},
     },
 }
 
@@ -198,7 +119,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the description and the options of ``preprocess`` to a parser; ``run`` takes what it parses."""
     parser.description, parser.epilog, parser.usage = _DESCRIPTION, _epilog(), f"{parser.prog} [options]"
-    group = parser.add_argument_group("how to write a schema of a log of any form")
+    group = parser.add_argument_group("write a schema of your own log; makes no dataset")
     for name, settings in _INFER_OPTIONS.items():
         group.add_argument(name, **settings)
     for title, options in _OPTIONS.items():
@@ -224,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
                 f"--infer writes a schema and makes no dataset; leave out --{name} or --infer",
             )
         names = None if args.columns is None else [name.strip() for name in args.columns.split(",")]
-        print(wrapped(infer(args.infer, args.label, args.input, names).splitlines()))
+        print(infer(args.infer, args.label, args.input, names, line_width(sys.stdout)))
         return 0
     for name in ("label", "columns"):
         require(
@@ -243,9 +164,9 @@ def run(args: argparse.Namespace) -> int:
                 progress.note("interrupted; nothing was written: run the same command to start again")
             raise
     if progress.stages:
-        print(render_report(schema, progress.stages))
+        print(render_report(schema, progress.stages, line_width(sys.stdout)))
     for warning in (*one_label_warnings(schema), *threshold_warnings(schema)):
-        print(f"warning: {warning}", file=sys.stderr)
+        print(wrapped([f"warning: {warning}"], sys.stderr), file=sys.stderr)
     if args.vocabulary is None:
         is_small = schema.splits["train"].rows < _SMALL_LOG
         of_criteo = log is None or (log.format == "criteo" and log.dataset in DATASETS)

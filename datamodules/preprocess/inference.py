@@ -20,9 +20,10 @@ from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.labels import SampledLabel, find_label, propose_labels
 from datamodules.preprocess.report import fit_command
 from datamodules.preprocess.sniffing import Form, Sample, read_sample
+from datamodules.preprocess.text_tables import filled_below
 from lightning_dlrm.contracts.documents import is_name, printable
 from lightning_dlrm.contracts.errors import require
-from lightning_dlrm.contracts.terminal import command_line
+from lightning_dlrm.contracts.terminal import command_line, counted, wrapped
 
 _SPLIT_WORDS = {"train": ("train", "training"), "validation": ("valid", "validation", "val", "dev"), "test": ("test",)}
 _GUESSED_ENCODINGS = ("cp1252", "latin-1")
@@ -45,7 +46,9 @@ class _Inferred:
     split_reason: str
 
 
-def infer(output: Path, label: str | None, inputs: Sequence[str], columns: Sequence[str] | None = None) -> str:
+def infer(
+    output: Path, label: str | None, inputs: Sequence[str], columns: Sequence[str] | None = None, width: int = 0
+) -> str:
     """Write a schema file for a log.
 
     Args:
@@ -53,6 +56,7 @@ def infer(output: Path, label: str | None, inputs: Sequence[str], columns: Seque
         label: a column, or a condition such as ``rating >= 4``.
         inputs: the log's files: see ``read_sample``.
         columns: names of the columns of text without a header.
+        width: of the terminal, which lines of the result do not exceed; 0 for no limit.
 
     Returns:
         What was found and what to do next, in a few lines.
@@ -78,8 +82,12 @@ def infer(output: Path, label: str | None, inputs: Sequence[str], columns: Seque
     with written_aside(output) as partial:
         partial.write_text(_schema_text(log, sample, command, then), encoding="utf-8")
         read_log_schema(partial)
-    lines = [*_report(output, log, sample), "read its comments, edit what is wrong, then:", *then]
-    return "\n".join(map(printable, lines))
+    lines = [
+        *_report(output, log, sample, width),
+        "make the dataset, then train on it:",
+        *(f"  {line}" for line in then),
+    ]
+    return wrapped(map(printable, lines))
 
 
 def _infer(name: str, label: SampledLabel, facts: Sequence[Facts], sample: Sample, inputs: Sequence[str]) -> _Inferred:
@@ -107,25 +115,41 @@ def _infer(name: str, label: SampledLabel, facts: Sequence[Facts], sample: Sampl
     return _Inferred(name=name, label=label, facts=facts, choices=choices, split=split, split_reason=reason)
 
 
-def _report(output: Path, log: _Inferred, sample: Sample) -> list[str]:
-    """Return the lines that say what was found."""
+def _report(output: Path, log: _Inferred, sample: Sample, width: int) -> list[str]:
+    """Return the lines that say what was found, and what to look at in the schema file."""
     by_role: dict[str, list[str]] = {}
     for name, choice in log.choices.items():
         by_role.setdefault(choice.settings["role"], []).append(name)
-    of_all = "the whole log" if sample.whole else f"of about {sample.estimated_rows:,}"
+    of_all = "the whole log" if sample.whole else f"a sample of about {sample.estimated_rows:,}"
     share = sum(log.label.labels) / len(log.label.labels)
-    lines = [
-        f"{output}: {sample.rows:,} rows read ({of_all}), {len(sample.columns)} columns",
-        f"  label        {log.label.text} (true in {share:.1%} of the rows)",
-    ]
+    entries = {"label": f"{log.label.text} (true in {share:.1%} of the rows)"}
     if why := _why_encoding(sample.form):
-        lines.append(f"  encoding     {sample.form.encoding} ({why})")
-    for role in ("dense", "categorical", "multi_hot", "keep", "leave"):
-        if role in by_role:
-            lines += textwrap.wrap(
-                ", ".join(by_role[role]), _WIDTH, initial_indent=f"  {role:<12} ", subsequent_indent=" " * 15
-            )
-    return [*lines, f"  split        by {log.split['by']}: {log.split_reason}"]
+        entries["encoding"] = f"{sample.form.encoding} ({why})"
+    entries |= {role: f"{', '.join(by_role[role])} ({words})" for role, words in _ROLES.items() if role in by_role}
+    entries["split"] = f"by {log.split['by']}: {log.split_reason}"
+    lines = filled_below(
+        f"wrote {output}, the schema of a log of {counted(len(sample.columns), 'column')}, from "
+        f"{counted(sample.rows, 'row')} ({of_all}):",
+        width,
+        indent=2,
+    )
+    for name, words in entries.items():
+        lines += filled_below(words, width or _WIDTH, f"  {name:<12} ")
+    return [*lines, *filled_below(f"look at {output} first: {_CHECK}", width, indent=2)]
+
+
+_ROLES = {
+    "dense": "numbers",
+    "categorical": "ids or names, with a table of embeddings",
+    "multi_hot": "several ids a row, with a table of embeddings",
+    "keep": "not features, stored beside them",
+    "leave": "ignored",
+}
+"""Role of a column, and what it means."""
+_CHECK = (
+    "roles are guesses, and a comment at each column says why; a number that names something is categorical, an amount "
+    "is dense, and what is known only after the click must be left out (leave)"
+)
 
 
 def _why_encoding(form: Form) -> str:
@@ -205,8 +229,14 @@ def _schema_text(log: _Inferred, sample: Sample, command: str, then: Sequence[st
     missing = log.label.missing
     lines = [
         *_comment(f"Inferred from {sample.rows:,} rows ({of_all}) by: {command}"),
-        *_comment("Roles are guesses from these rows: read the comments, edit what is wrong, then:"),
-        *(f"#   {printable(line)}" for line in then),
+        "#",
+        *_entry("Needs:", "the files after --input, or other files of the same form."),
+        *_entry("Run:", *then),
+        *_entry(
+            "Expect:",
+            f"a dataset of {_counted_roles(log)}, split by {log.split['by']}. Roles are guesses from these rows: read "
+            "the comments, and edit what is wrong before the first command. docs/own-data.md explains every key.",
+        ),
         "",
         f"dataset: {_scalar(log.name)}",
         f"format: {form.format}",
@@ -244,6 +274,21 @@ def _schema_text(log: _Inferred, sample: Sample, command: str, then: Sequence[st
 def _key(name: str) -> str:
     """Return the name that a column gets in the dataset."""
     return name if not name or (name != LABEL and is_name(name)) else re.sub(r"\W", "_", name)[:200] + "_"
+
+
+def _entry(title: str, *texts: str) -> list[str]:
+    """Return the comment lines of an entry of the header; commands are not broken."""
+    heads = [f"# {title:<8}", *["#" + " " * 9] * (len(texts) - 1)]
+    width = 0 if title == "Run:" else _WIDTH
+    lines = [filled_below(printable(text), width, head) for head, text in zip(heads, texts, strict=True)]
+    return [f"#{line[1:]}" for some in lines for line in some]
+
+
+def _counted_roles(log: _Inferred) -> str:
+    """Return how many columns of the dataset have each role."""
+    roles = [choice.settings["role"] for choice in log.choices.values()]
+    words = {"dense": "dense", "categorical": "categorical", "multi_hot": "multi-hot", "keep": "kept"}
+    return ", ".join(counted(roles.count(role), f"{word} column") for role, word in words.items() if role in roles)
 
 
 def _comment(text: str) -> list[str]:

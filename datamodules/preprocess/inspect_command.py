@@ -12,18 +12,12 @@ from datamodules.preprocess.leakage import equal_rows
 from datamodules.preprocess.protocols import PROTOCOLS
 from datamodules.preprocess.report import one_label_warnings
 from datamodules.preprocess.skew import all_skews, check_figure, draw
-from lightning_dlrm.contracts.terminal import wrapped
+from lightning_dlrm.contracts.terminal import line_width, wrapped
 
 _DESCRIPTION = """\
-Print the protocol, fingerprints, splits with label means, and columns of a dataset: rows of each table, share of
-missing values, share of the most frequent id, the number of ids that 90% of the lookups go to, reserved ids; for
-planted (demo) data also the best scores that any model can reach.
-
---leakage counts rows whose features (label apart) occur more than once, within a split and in two splits. It reads
-every row, about 2 million per second, in less than 1 GB of memory and 12 bytes a row of the temporary folder (TMPDIR).
-
---plot draws the sizes of the tables and the skew of their ids (how few ids most lookups go to), from the counts of the
-vocabulary or, if it has none, by counting the ids in the rows (8 bytes of memory for each row of the largest table).
+Show what a dataset folder holds: its splits, how the rows were split, its columns and their encoding, the rows of the
+tables, missing and unknown values, and how few ids most lookups go to. Of generated demo data also the best scores
+that any model can reach.
 
 examples:
   python -m lightning_dlrm inspect data/kaggle
@@ -33,12 +27,9 @@ examples:
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "folder": {"metavar": "DIR", "help": "the dataset folder, made by preprocess or generate; a path or a URL"},
-    "--verify": {"action": "store_true", "help": "read every file and compare its checksum (about 1 GB per second)"},
-    "--leakage": {
-        "action": "store_true",
-        "help": "count rows with equal features, within each split and between splits",
-    },
+    "folder": {"metavar": "DIR", "help": "dataset folder of preprocess or generate; path or URL"},
+    "--verify": {"action": "store_true", "help": "read every file and compare its checksum"},
+    "--leakage": {"action": "store_true", "help": "count rows with equal features, within and between splits"},
     "--plot": {"type": Path, "metavar": "FILE", "help": "draw table sizes and skew of ids: .png, .pdf or .svg"},
     "--json": {"action": "store_true", "help": "print one JSON object instead of tables"},
 }
@@ -76,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=1))
         return 0
-    print(wrapped(render(facts).splitlines()))
+    print(wrapped(render(facts, line_width(sys.stdout)).splitlines()))
     for warning in one_label_warnings(schema):
-        print(f"warning: {warning}", file=sys.stderr)
+        print(wrapped([f"warning: {warning}"], sys.stderr), file=sys.stderr)
     print(
         "the checksums of all files match"
         if args.verify

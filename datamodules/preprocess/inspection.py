@@ -9,7 +9,9 @@ from typing import Any
 from datamodules.folder import Folder
 from datamodules.preprocess.leakage import render_equal_rows
 from datamodules.preprocess.progress import format_size
-from datamodules.preprocess.skew import vocabulary_skew
+from datamodules.preprocess.skew import Skew, vocabulary_skew
+from datamodules.preprocess.split_words import split_words
+from datamodules.preprocess.text_tables import filled_below, fitted
 from lightning_dlrm.contracts.documents import parse_json
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, Column, DatasetSchema
 from lightning_dlrm.contracts.terminal import aligned
@@ -28,9 +30,11 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
     """Return the facts of a dataset as JSON values.
 
     ``columns`` has for each column ``missing`` (share of the rows read, or of those written if it is counted in them),
-    ``most_frequent`` (share of the lookups of the most frequent id), ``ids_for_90`` (the smallest number of ids that
-    90% of the lookups go to) and ``unknown`` (share of the rows after the training split); None if not known. ``note``
-    names columns of one value, none, and few bins.
+    ``most_frequent`` (share of the lookups of the most frequent id), ``most_frequent_is`` (which values this id is
+    reserved for, such as ``rare``), ``ids_for_90`` (the smallest number of ids that 90% of the lookups go to) and
+    ``unknown`` (share of the rows after the training split); None if not known. ``note`` names columns of one value,
+    none, and few bins. ``split_rule`` says how the rows were split, and ``left_out`` lists the columns of a log that
+    its schema leaves out.
 
     Raises:
         UserError: a vocabulary is not a readable Parquet file.
@@ -51,6 +55,8 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
         "rows": rows,
         "bytes": sum(file.bytes for split in schema.splits.values() for file in split.files),
         "table_rows": sum(schema.features.table_rows),
+        "split_rule": split_words(schema) or None,
+        "left_out": _left_out(schema),
         "splits": {
             name: {
                 "rows": split.rows,
@@ -72,6 +78,7 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
                 if column.name in missing
                 else _cell_share(schema, column.name, "missing", schema.cells),
                 "most_frequent": skew.most_frequent if skew else None,
+                "most_frequent_is": _reserved_kinds(column, skew),
                 "ids_for_90": skew.ids_for.get(0.9) if skew else None,
                 "unknown": _cell_share(schema, column.name, "unknown", held_out),
                 "note": _note(schema, column, report.distinct.get(column.name)),
@@ -84,6 +91,24 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
         },
         "rows_per_file": [list(of_file) for of_file in report.rows_per_file] or None,
     }
+
+
+def _left_out(schema: DatasetSchema) -> list[str]:
+    """Return the columns of a log that its schema leaves out."""
+    of_log = schema.settings.get("schema", {})
+    left = [name for name, column in of_log.get("columns", {}).items() if column["role"] == "leave"]
+    return [*left, *(["all columns that the schema does not name"] if of_log.get("rest") == "leave" else [])]
+
+
+def _reserved_kinds(column: Column, skew: Skew | None) -> str | None:
+    """Return the values that the most frequent id is reserved for, such as ``missing/rare``; None for a value's own."""
+    if skew is None or skew.most_frequent_id is None:
+        return None
+    row = skew.most_frequent_id
+    # If no training row has a rare value, rare ones have the last row, which is that of the rarest value.
+    is_reserved = row < len(set(column.reserved.values()))
+    kinds = [kind for kind in ("missing", "rare") if is_reserved and column.reserved.get(kind) == row]
+    return "/".join(kinds) or None
 
 
 def _cell_share(schema: DatasetSchema, column: str, kind: str, splits: Iterable[str]) -> float | None:
@@ -105,51 +130,67 @@ def _note(schema: DatasetSchema, column: Column, values: int | None) -> str:
     return "one value" if values else "all missing"
 
 
-def render(facts: Mapping[str, Any]) -> str:
-    """Format the facts of ``summary`` as text, and under ``leakage`` those of ``equal_rows`` if there are any."""
+def render(facts: Mapping[str, Any], width: int = 0) -> str:
+    """Format the facts of ``summary`` as text, and under ``leakage`` those of ``equal_rows`` if there are any.
+
+    Args:
+        facts: as ``summary`` returns them.
+        width: of the terminal, which lines do not exceed; 0 for no limit.
+    """
     settings = "".join(
         f", {name} {'for each column' if isinstance(value, Mapping) else value}"
         for name, value in facts["settings"].items()
         if name != "schema"  # of a log, which the columns describe
     )
-    lines = [
-        Folder(facts["folder"]) / SCHEMA_FILE,
-        f"  dataset      {facts['dataset']}, protocol {facts['protocol']}{settings}",
-        f"  encoding     {facts['fingerprints']['encoding'][:16]}  (a model needs data with it)",
-        f"  data         {facts['fingerprints']['data'][:16]}  (a run resumes only on data with it)",
-        f"  size         {facts['rows']:,} rows, {format_size(facts['bytes'])} of Parquet",
+    entries = [
+        ("dataset", f"{facts['dataset']}, protocol {facts['protocol']}{settings}"),
+        ("encoding", f"{facts['fingerprints']['encoding'][:16]}  (a model scores only rows with this encoding)"),
+        ("data", f"{facts['fingerprints']['data'][:16]}  (a run resumes only on these rows)"),
+        ("size", f"{facts['rows']:,} rows, {format_size(facts['bytes'])} of Parquet"),
     ]
     if facts["rows_per_file"]:
-        lines.append("  made from    " + ", ".join(f"{name} ({rows:,} rows)" for name, rows in facts["rows_per_file"]))
-    if split := facts["settings"].get("schema", {}).get("split"):
-        lines.append(f"  split        {_split_words(**split)}")
-    lines += _transforms(facts)
-    lines += ["", *_split_table(facts), "", *_column_table(facts)]
+        entries.append(("made from", ", ".join(f"{name} ({rows:,} rows)" for name, rows in facts["rows_per_file"])))
+    if facts["split_rule"]:
+        entries.append(("split", facts["split_rule"]))
+    entries += [("columns", _roles(facts)), *_transforms(facts)]
+    if facts["left_out"]:
+        entries.append(("left out", ", ".join(facts["left_out"])))
+    lines = [str(Folder(facts["folder"]) / SCHEMA_FILE)]
+    lines += [line for name, words in entries for line in filled_below(words, width, f"  {name:<12} ")]
+    lines += ["", *_split_table(facts, width), "", *_column_tables(facts, width)]
     for name, optimum in facts["optimum"].items():
-        lines.append(f"best reachable on {name}: AUC {optimum['auc']:.4f}, log loss {optimum['log_loss']:.4f}")
+        scores = f"AUC {optimum['auc']:.4f}, log loss {optimum['log_loss']:.4f}"
+        lines.append(f"best scores that any model can reach on {name}: {scores}")
     if facts.get("leakage"):
         lines += ["", *render_equal_rows(facts["leakage"])]
     return "\n".join(lines)
 
 
-def _split_words(by: str, **options: Any) -> str:
-    """Return how the schema of a log splits its rows."""
-    given = (f"{name} {', '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in options.items())
-    return ", ".join([by if by == "random" else f"by {by}", *given])
+def _roles(facts: Mapping[str, Any]) -> str:
+    """Return how many columns have each role, and their names."""
+    names: dict[str, list[str]] = {}
+    for column in facts["columns"]:
+        names.setdefault(column["role"], []).append(column["name"])
+    words = {"multi_hot": "multi-hot", "keep": "kept beside the features"}
+    return "; ".join(
+        role if role == "label" else f"{len(some)} {words.get(role, role)} ({_ranges(some)})"
+        for role, some in names.items()
+    )
 
 
-def _transforms(facts: Mapping[str, Any]) -> list[str]:
+def _transforms(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return for each role the transform of its columns, with the columns' names if transforms differ."""
     columns_of: dict[str, dict[str, list[str]]] = {}
     for column in facts["columns"]:
         if column["transform"]:
             columns_of.setdefault(column["role"], {}).setdefault(column["transform"], []).append(column["name"])
-    lines = []
+    entries = []
     for role, by_words in columns_of.items():
         for number, (words, names) in enumerate(by_words.items()):
-            which = f"{_ranges(names)}: " if len(by_words) > 1 else ""
-            lines.append(f"  {'' if number else role:<12} {which}{words}")
-    return lines
+            which = f"{_ranges(names)}: " if len(by_words) > 1 or role == "keep" else ""
+            title = {"keep": "kept", "multi_hot": "multi-hot"}.get(role, role)
+            entries.append(("" if number else title, f"{which}{words}"))
+    return entries
 
 
 def _ranges(names: Sequence[str]) -> str:
@@ -173,8 +214,8 @@ def _next_name(name: str) -> str | None:
     return f"{stem}{int(name[len(stem) :]) + 1}" if stem != name else None
 
 
-def _split_table(facts: Mapping[str, Any]) -> list[str]:
-    header = ("split", "rows", "share", "label mean", "files", "unknown ids", "rare", "missing")
+def _split_table(facts: Mapping[str, Any], width: int) -> list[str]:
+    header = ("split", "rows", "share", "label mean", "files", "unknown", "rare", "missing")
     body = [
         (
             name,
@@ -186,30 +227,120 @@ def _split_table(facts: Mapping[str, Any]) -> list[str]:
         )
         for name, split in facts["splits"].items()
     ]
-    return aligned([header, *body])
+    lines = aligned([header, *body])
+    words = ["label mean: share of the rows with label 1"] if "label mean" in lines[0] else []
+    if "unknown" in lines[0]:
+        words.append("unknown, rare, missing: shares of the values of all tables (explained below)")
+    return lines + filled_below("; ".join(words), width, indent=2)
 
 
-def _column_table(facts: Mapping[str, Any]) -> list[str]:
-    header = ("column", "role", "table rows", "missing", "unknown", "top id", "90% in", "")
-    kinds = dict.fromkeys(kind for column in facts["columns"] for kind in column["reserved"])
+def _column_tables(facts: Mapping[str, Any], width: int) -> list[str]:
+    """Return a table of the dense columns whose missing values are known, one of the columns with a table of ids, and
+    what their headers mean."""
+    columns = facts["columns"]
+    tables = [column for column in columns if column["cardinality"]]
+    others = [column for column in columns if not column["cardinality"] and column["missing"] is not None]
+    lines = []
+    if others:
+        body = [(column["name"], column["role"], f"{column['missing']:.2%}") for column in others]
+        lines += [*fitted([("column", "role", "missing"), *body], width, left=(0, 1)), ""]
+    if tables:
+        lines += _id_tables(tables, facts["table_rows"], width)
+    lines += [part for name, words in _LEGENDS for part in _legend(columns, name, words, width)]
+    for words in _reserved_rows(tables):
+        lines += filled_below(words, width, indent=2)
+    notes: dict[str, list[str]] = {}
+    for column in columns:
+        if column["note"]:
+            notes.setdefault(column["note"], []).append(column["name"])
+    return lines + [
+        part for note, names in notes.items() for part in filled_below(f"{note}: {_ranges(names)}", width, indent=2)
+    ]
+
+
+_LEGENDS = (
+    ("missing", "missing: share of the rows without a value"),
+    ("unknown", "unknown: share of the validation and test rows with a value that the vocabulary does not have"),
+    (
+        "most_frequent",
+        "most frequent id: its share of all lookups; a word after it says that the id is a reserved row",
+    ),
+    ("ids_for_90", "ids for 90%: how many ids, the most frequent ones, take 90% of all lookups"),
+)
+"""Fact of a column, and what its header means."""
+
+
+def _legend(columns: Sequence[Mapping[str, Any]], name: str, words: str, width: int) -> list[str]:
+    return filled_below(words, width, indent=2) if any(column[name] is not None for column in columns) else []
+
+
+def _id_tables(tables: Sequence[Mapping[str, Any]], rows: int, width: int) -> list[str]:
+    """Return lines for the columns that have a table of ids, and their sum."""
+    header = (
+        ("", "", "", "", "", "most frequent", "ids"),
+        ("column", "role", "table rows", "missing", "unknown", "id", "for 90%"),
+    )
+    # Nearly all are categorical.
+    shows_roles = any(column["role"] != "categorical" for column in tables)
     body = [
         (
             column["name"],
-            column["role"],
-            f"{column['cardinality']:,}" if column["cardinality"] else "",
-            *(
-                "" if column[share] is None else f"{column[share]:.2%}"
-                for share in ("missing", "unknown", "most_frequent")
-            ),
+            column["role"] if shows_roles else "",
+            f"{column['cardinality']:,}",
+            *("" if column[share] is None else f"{column[share]:.2%}" for share in ("missing", "unknown")),
+            "" if column["most_frequent"] is None else f"{column['most_frequent']:.2%}{_of_reserved(column)}",
             "" if column["ids_for_90"] is None else f"{column['ids_for_90']:,}",
-            column["note"],
         )
-        for column in facts["columns"]
+        for column in tables
     ]
-    total = ("all", "", f"{facts['table_rows']:,}", *[""] * 5)
-    lines = aligned([header, *body, total], left=(0, 1, 7))
-    if "top id" in lines[0]:
-        lines.append("top id: share of the lookups of the most frequent id; 90% in: ids that take 90%")
-    if kinds:
-        lines.append(f"table rows include the rows of {', '.join(kinds)} values")
+    body.append(("all", "", f"{rows:,}", *[""] * 4))
+    given = [number for number, cells in enumerate(zip(*body, strict=True)) if any(cells)]
+    shown = [[row[number] for number in given] for row in (*header, *body)]
+    # The first line of the headers may be empty.
+    return fitted(shown if any(shown[0]) else shown[1:], width, left=(0, 1) if shows_roles else (0,))
+
+
+def _of_reserved(column: Mapping[str, Any]) -> str:
+    return f" ({column['most_frequent_is']})" if column["most_frequent_is"] else ""
+
+
+def _reserved_rows(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return which rows of the tables stand for missing, rare and unknown values; a line for tables that agree."""
+    names: dict[str, list[str]] = {}
+    for column in tables:
+        names.setdefault(_reserved_words(column["reserved"], column["cardinality"]), []).append(column["name"])
+    lines = [
+        f"{'reserved rows' if len(names) == 1 else f'reserved rows of {_ranges(some)}'}: {words}"
+        for words, some in names.items()
+    ]
+    kinds = {kind for column in tables for kind in column["reserved"]}
+    if kinds & {"rare", "unknown"}:
+        lines.append(
+            "rare values occur too seldom to have a row of their own; unknown values do not occur in the rows over "
+            "which the vocabulary was counted"
+        )
     return lines
+
+
+def _reserved_words(reserved: Mapping[str, int], rows: int) -> str:
+    kinds_of: dict[int, list[str]] = {}
+    for kind in ("missing", "rare", "unknown"):
+        if kind in reserved:
+            kinds_of.setdefault(reserved[kind], []).append(kind)
+    if not kinds_of:
+        return "none"
+    # Without rare values in training, rare and unknown ones share the last row with a value.
+    first = [row for row in kinds_of if row < len(kinds_of)]
+    return ", ".join(
+        f"{f'row {row}' if row in first else 'the last row, which is also that of the rarest value,'} is for "
+        f"{_and(kinds)} values"
+        for row, kinds in kinds_of.items()
+    )
+
+
+def _and(words: Sequence[str]) -> str:
+    """
+    >>> _and(["missing"]), _and(["missing", "rare", "unknown"])
+    ('missing', 'missing, rare and unknown')
+    """
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]

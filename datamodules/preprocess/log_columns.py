@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datamodules import values
+from datamodules import times, values
 from datamodules.log_schema import LogSchema
 from datamodules.log_settings import LogColumn
 from datamodules.values import BadValueError, staged_name
@@ -60,13 +60,13 @@ def staged_columns(
     by = schema.split.column if splits else None
     if by is not None and schema.split.by == "time":
         form = _form_of_time(schema.columns, by)
-        columns[SPLIT] = pa.array(values.split_keys(by, single(by), form))
+        columns[SPLIT] = pa.array(times.split_keys(by, single(by), form))
     elif by is not None:
         columns[SPLIT] = pa.array(values.split_codes(by, single(by), schema.split.values, SPLITS))
     for name, one in schema.columns.items():
         source = one.source or name
         if one.role == "keep":
-            found = values.kept(source, single(source), one.time)
+            found = times.kept(source, single(source), one.time)
             columns[staged_name("keep", name)] = found
         elif one.role == "multi_hot":
             bag, keep = values.bags(source, column(source), one.separator)

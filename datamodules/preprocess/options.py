@@ -124,6 +124,11 @@ def _quantiles(schema: LogSchema) -> int | None:
     return next((column.quantiles for column in schema.columns.values() if column.transform == "quantile"), None)
 
 
+def split_of_protocol(protocol: str) -> LogSplit:
+    """Return the split of a protocol's schema."""
+    return _schema_of(protocol).split
+
+
 @lru_cache
 def _schema_of(protocol: str) -> LogSchema:
     given = read_yaml(shipped_configs() / SCHEMAS / f"criteo_{protocol}.yaml")

@@ -41,36 +41,13 @@ class Protocol:
 
 
 PROTOCOLS: Mapping[str, Protocol] = {
-    "dlrm": Protocol(
-        summary="as facebookresearch/dlrm: log(max(x, 0) + 1), missing as 0; every hash has a row of its own, missing "
-        "hashes count as hash 0; counted over all rows. --max-rows: hash modulo N before counting",
-        modulo="hash",
-    ),
-    "mlperf": Protocol(
-        summary="as torchrec_dlrm: log(x - minimum of the whole column + 2), missing as 0; hashes as in dlrm. --max-"
-        "rows: id modulo N after counting. --multi-hot mlperf makes DLRM v2's bags",
-        modulo="id",
-    ),
-    "nvidia": Protocol(
-        summary="as NVIDIA DeepLearningExamples: log(x + 3), or 0 if x is missing or below -2; hashes seen fewer than "
-        "15 times (NVIDIA also publishes 3 and 2: --min-count), missing and unknown hashes share id 0; counted over "
-        "all rows",
-    ),
-    "bars": Protocol(
-        summary="as FuxiCTR on Criteo_x4 (_001; --min-count 2 for _002): integers become categories, floor(log(x)^2) "
-        "above 2, missing as 0; values seen fewer than 10 times, missing and unknown values share id 0; counted over "
-        "the training split; random 8:1:1. No dense columns",
-    ),
-    "quantile": Protocol(
-        summary="this project's own: sign(x) log(|x| + 1) with missing as null, and the same integers as categories "
-        "B1..B13, in quantile bins of the training split (--bins, at most 30 by default); missing values have id 0; "
-        "rare values (seen fewer than 3 times) and unknown values share id 1, or the id of the rarest value if no "
-        "training row has a rare value; counted over the training split",
-    ),
+    "dlrm": Protocol(summary="as facebookresearch/dlrm: each hash has its own row of a table", modulo="hash"),
+    "mlperf": Protocol(summary="as torchrec_dlrm: as dlrm, with other dense features", modulo="id"),
+    "nvidia": Protocol(summary="as NVIDIA DeepLearningExamples: rare hashes share a row"),
+    "bars": Protocol(summary="as FuxiCTR on Criteo_x4: integers are categories, random split"),
+    "quantile": Protocol(summary="this project's own: integers also in quantile bins"),
     "modern": Protocol(
-        summary="superseded by quantile, because its bins collide: sign(x) log(|x| + 1) with missing as null, and the "
-        "same integers binned as categories B1..B13; missing, rare (seen once in training) and unknown values have the "
-        "ids 0, 1 and 2; counted over the training split",
+        summary="superseded by quantile",
         superseded_by="protocol modern is superseded by quantile, whose bins have no collisions and whose unknown "
         "values share the row of rare ones; datasets of modern stay usable",
     ),

@@ -9,8 +9,10 @@ from typing import Any
 
 from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.progress import StageTime
+from datamodules.preprocess.split_words import split_words
+from datamodules.preprocess.text_tables import filled_below, fitted
 from lightning_dlrm.contracts.schema import CRITEO_DENSE, SPLITS, DatasetSchema
-from lightning_dlrm.contracts.terminal import aligned, command_line
+from lightning_dlrm.contracts.terminal import aligned, command_line, counted
 
 REPORT_FILE = "report.json"
 """How a dataset was made: inputs, options, times. Not part of dataset.json, because it differs from run to run."""
@@ -50,8 +52,14 @@ def write_report(
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def render_report(schema: DatasetSchema, stages: Sequence[StageTime]) -> str:
-    """Format the report as text."""
+def render_report(schema: DatasetSchema, stages: Sequence[StageTime], width: int = 0) -> str:
+    """Format the report as text.
+
+    Args:
+        schema: of the dataset.
+        stages: the time, memory and disk of each.
+        width: of the terminal, which lines do not exceed; 0 for no limit.
+    """
     report = schema.report
     rows = sum(split.rows for split in schema.splits.values())
     read = sum(count for _, count in report["rows_per_file"])
@@ -59,14 +67,21 @@ def render_report(schema: DatasetSchema, stages: Sequence[StageTime]) -> str:
     for name in (name for name in SPLITS if name in schema.splits):
         mean = label_mean(schema, name)
         splits.append((name, f"{schema.splits[name].rows:,}", "" if mean is None else f"{mean:.4f}"))
-    lines = ["", *aligned(splits), "", *_column_lines(schema), ""]
-    lines.append(
-        f"{read:,} rows read, {rows:,} written in {sum(stage.seconds for stage in stages):,.1f} s, "
-        f"{max(stage.peak_bytes for stage in stages) / 1e9:,.2f} GB of memory at most"
+    lines = ["", *aligned(splits)]
+    if schema.by_role("label"):
+        lines.append("  label mean: share of the rows with label 1")
+    lines += filled_below(f"rows were split {split_words(schema)}", width, "  ", 4)
+    lines += ["", *_column_lines(schema, width), ""]
+    lines += filled_below(
+        f"{counted(read, 'row')} read, {counted(rows, 'row')} written in "
+        f"{sum(stage.seconds for stage in stages):,.1f} s, with at most "
+        f"{max(stage.peak_bytes for stage in stages) / 1e9:,.2f} GB of memory (all processes together)",
+        width,
+        indent=2,
     )
     if report.get("bad_rows"):
-        were = "row was" if report["bad_rows"] == 1 else "rows were"
-        lines.append(f"{report['bad_rows']:,} bad {were} left out, see bad_rows.tsv")
+        were = "was" if report["bad_rows"] == 1 else "were"
+        lines.append(f"{counted(report['bad_rows'], 'bad row')} {were} left out, see bad_rows.tsv")
     return "\n".join(lines)
 
 
@@ -96,7 +111,7 @@ def label_mean(schema: DatasetSchema, split: str) -> float | None:
     return None if found.positives is None else found.positives / found.rows
 
 
-def _column_lines(schema: DatasetSchema) -> list[str]:
+def _column_lines(schema: DatasetSchema, width: int) -> list[str]:
     """Format missing values of the raw columns, and what thresholds and moduli left of the tables."""
     report = schema.report
     rows = sum(count for _, count in report["rows_per_file"])
@@ -122,7 +137,19 @@ def _column_lines(schema: DatasetSchema) -> list[str]:
     ]
     totals = (sum(of_columns.values()) for of_columns in counts)
     last = ("all", "", *(f"{total:,}" if total else "" for total in totals), f"{sum(schema.features.table_rows):,}")
-    return aligned([header, *body, last])
+    lines = fitted([header, *body, last], width)
+    legend = "; ".join(f"{name}: {words}" for name, words in _LEGENDS.items() if name in lines[0])
+    return lines + filled_below(legend, width, "  ", 4)
+
+
+_LEGENDS = {
+    "missing": "share of the rows read without a value",
+    "values": "different values",
+    "kept": "values with a row of their own",
+    "unknown rows": "rows with a value that the vocabulary does not have",
+    "table rows": "rows of the embedding table, with those for missing and rare values",
+}
+"""Header of the table of columns, and what it means."""
 
 
 def fit_command(data: str, has_dense: bool, files: Sequence[str] = ("dlrm.yaml", "own_data.yaml")) -> str:

@@ -54,6 +54,7 @@ class Skew:
     lookups: int
     most_frequent: float | None
     """The share of the lookups that go to the most frequent id."""
+    most_frequent_id: int | None
     ids_for: Mapping[float, int]
     """For each of ``SHARES``, the least number of ids that this share of the lookups goes to."""
     once: float
@@ -69,6 +70,7 @@ def skew_of(column: Column, counts: NDArray[np.int64]) -> Skew:
     Args:
         counts: lookups of each id, [cardinality], in any order; overwritten, as a table may have hundreds of millions.
     """
+    most_frequent_id = int(counts.argmax())
     counts.sort()
     unused, used_once = np.searchsorted(counts, [1, 2])
     in_use = len(counts) - int(unused)
@@ -78,13 +80,20 @@ def skew_of(column: Column, counts: NDArray[np.int64]) -> Skew:
     lookups = int(covered[-1])
     if not lookups:
         return Skew(
-            column=column, lookups=0, most_frequent=None, ids_for={}, once=0.0, curve=(np.empty(0), np.empty(0))
+            column=column,
+            lookups=0,
+            most_frequent=None,
+            most_frequent_id=None,
+            ids_for={},
+            once=0.0,
+            curve=(np.empty(0), np.empty(0)),
         )
     ids = np.unique(np.geomspace(1, in_use, _CURVE_POINTS).round().astype(np.int64))
     return Skew(
         column=column,
         lookups=lookups,
         most_frequent=float(covered[0] / lookups),
+        most_frequent_id=most_frequent_id,
         once=once,
         ids_for={share: int(np.searchsorted(covered, share * lookups)) + 1 for share in SHARES},
         curve=(ids / len(counts), covered[ids - 1] / lookups),

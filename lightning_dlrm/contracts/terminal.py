@@ -38,6 +38,11 @@ def columns(stream: TextIO) -> int:
     return found or shutil.get_terminal_size().columns
 
 
+def line_width(stream: TextIO) -> int:
+    """Return the length of the longest line that a terminal shows without a break; 0 if the stream is no terminal."""
+    return columns(stream) - 1 if stream.isatty() else 0
+
+
 def wrapped(lines: Iterable[str], stream: TextIO | None = None) -> str:
     """Join lines; on a terminal, wrap those that are wider than it, with their own indentation and two spaces more.
 
@@ -47,8 +52,7 @@ def wrapped(lines: Iterable[str], stream: TextIO | None = None) -> str:
         lines: the lines.
         stream: where they are printed; by default standard output.
     """
-    stream = stream or sys.stdout
-    width = columns(stream) - 1 if stream.isatty() else 0
+    width = line_width(stream or sys.stdout)
     return "\n".join(part for line in lines for part in _parts(line, width))
 
 

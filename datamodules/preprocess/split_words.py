@@ -1,0 +1,65 @@
+"""How the rows of a dataset were split, in words for people. Nothing here imports torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from datamodules.log_settings import LogSplit
+from datamodules.preprocess.options import split_of_protocol
+from datamodules.preprocess.protocols import PROTOCOLS
+from datamodules.preprocess.splits import DAYS
+from lightning_dlrm.contracts.schema import DatasetSchema
+
+
+def split_words(schema: DatasetSchema) -> str:
+    """Describe which rows are training, validation and test rows; empty if ``preprocess`` did not split them."""
+    # Only datasets that are encoded with the vocabulary of another one count unknown values in their report.
+    if "unknown" in schema.report:
+        return "all rows are test rows, because they are encoded with the vocabulary of another dataset"
+    if "schema" in schema.settings:
+        split = {**_DEFAULTS, **schema.settings["schema"].get("split", {})}
+    elif schema.protocol in PROTOCOLS:
+        split = {**asdict(split_of_protocol(schema.protocol)), **schema.settings}
+        split["days"] = "files" if schema.dataset == "terabyte" else "position"
+    else:
+        return ""
+    files = [str(name) for name, _ in schema.report.get("rows_per_file", ())]
+    words = _words(split, files)
+    if (share := split["negative_sampling_rate"]) < 1:
+        words += f"; {_percent(share)} of the training rows with label 0 are kept, drawn from seed {split['seed']}"
+    return words
+
+
+_DEFAULTS: Mapping[str, Any] = asdict(LogSplit(by="random"))
+
+
+def _words(split: Mapping[str, Any], files: Sequence[str]) -> str:
+    kind, column = split["by"], split["column"]
+    train, validation, test = (_percent(share) for share in split["ratios"])
+    in_order = f"first {train} training, then {validation} validation, then {test} test rows"
+    if kind == "days":
+        return _days(split, files)
+    if kind == "tenths":
+        return f"at random: of every 10 rows 1 is a test and 1 a validation row, seed {split['seed']}"
+    if kind == "random":
+        return f"at random: {train} training, {validation} validation, {test} test rows, seed {split['seed']}"
+    if kind == "time":
+        return f"by time, in the order of {column}: {in_order}"
+    if kind == "position":
+        return f"by position, in the order of the rows: {in_order}"
+    given = {name: split.get(name) for name in ("train", "validation", "test", "leave")}
+    by = "by the names of the files" if kind == "files" else f"by the values of {column}"
+    listed = (f"{name} {', '.join(map(str, values))}" for name, values in given.items() if values)
+    return f"{by}: {'; '.join(listed)}"
+
+
+def _days(split: Mapping[str, Any], files: Sequence[str]) -> str:
+    first, second = split["held_out"]
+    halves = f"its first half is the {first} split, its second half the {second} split"
+    if split["days"] == "files" and len(files) > 1:
+        return f"by files: {files[-1]}, the last one, is held out: {halves}"
+    return f"by position: the rows make {DAYS} equal days, of which the last is held out: {halves}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g}%"
