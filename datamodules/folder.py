@@ -45,7 +45,16 @@ def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
     try:
         system, path = fsspec.core.url_to_fs(address)
     except ImportError as error:
-        raise UserError(f"{address} needs a package that is not installed: {one_line(error)}") from error
+        packages = {
+            "s3": "s3fs",
+            "gs": "gcsfs",
+            "gcs": "gcsfs",
+            "hf": "huggingface_hub",
+            "abfs": "adlfs",
+            "az": "adlfs",
+        }
+        remedy = f"; pip install {packages[kind]}, or give a path" if kind in packages else ""
+        raise UserError(f"{address} needs a package that is not installed: {one_line(error)}{remedy}") from error
     except ValueError as error:
         if kind in fsspec.available_protocols():
             raise _failure(address, "is not a valid URL", error, "correct the URL") from error

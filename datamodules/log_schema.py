@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from datamodules.log_settings import ColumnRole, LogColumn, LogSplit, Missing, MlperfBags, check_limits
 from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
-from lightning_dlrm.contracts.errors import UserError, listed, nearest_first, require
+from lightning_dlrm.contracts.errors import UserError, listed, nearest, nearest_first, require
 from lightning_dlrm.contracts.schema import (
     CRITEO_CATEGORICAL,
     CRITEO_DENSE,
@@ -301,7 +301,7 @@ def _if_criteo(fields: Collection[str]) -> str:
     """Return a remedy for fields that are as many as Criteo's."""
     if len(fields) != 1 + len(CRITEO_DENSE) + len(CRITEO_CATEGORICAL):
         return ""
-    return "; Criteo's raw text needs no schema of your own: give --dataset and --protocol instead of --schema"
+    return "; Criteo's raw text needs no schema of your own: give --dataset and --protocol"
 
 
 def parse_label(text: str, names: Collection[str]) -> Label:
@@ -347,10 +347,9 @@ def read_log_schema(path: str | Path) -> LogSchema:
     if found is None:
         beside = [name for name in yaml_files_beside(path) if _is_schema(Path(name))]
         known = [*beside, *(name for name in shipped_names() if name.startswith(SCHEMAS))]
-        raise UserError(
-            f"no schema {path} here{nearest_first(str(path), known, 'schemas here and shipped are')}; preprocess "
-            "--infer writes one"
-        )
+        what = f"{path} is a folder, not a schema" if Path(path).is_dir() else f"no schema {path} here"
+        hint = nearest(str(path), known) or f"; schemas here and shipped are {listed(known, most=40)};"
+        raise UserError(f"{what}{hint} 'preprocess --infer' writes one")
     return log_schema(read_yaml(found, _EXPECTED), str(path))
 
 

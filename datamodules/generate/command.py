@@ -12,8 +12,9 @@ from datamodules.generate.profiles import LEAST_ACCESSES, Profile, TraceSource, 
 from datamodules.generate.random import PRESETS, Law, RandomSettings, generate_random
 from datamodules.generate.trace import TraceSettings, check_plot, generate_trace, measure_fit, plot_fits, render_fits
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
+from datamodules.preprocess.progress import format_size
 from datamodules.writer import DatasetWriter
-from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.contracts.errors import require, settings_as_options
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 from lightning_dlrm.contracts.shipped import shipped_names
@@ -222,7 +223,10 @@ def _tsv_options() -> list[Option]:
     dataset_help = "Criteo's dataset to imitate (default: kaggle)"
     seed_help = "seed of the planted model and of the rows (default: %(default)s)"
     return [
-        ("--output", {"required": True, "nargs": "+", "type": Path, "metavar": "FILE", "help": output_help}),
+        (
+            "--output",
+            {"required": True, "nargs": "+", "action": "extend", "type": Path, "metavar": "FILE", "help": output_help},
+        ),
         ("--rows", {"required": True, "type": int, "metavar": "N", "help": "rows of all files together"}),
         ("--dataset", {"default": "kaggle", "choices": TSV_DATASETS, "help": dataset_help}),
         ("--seed", {"type": int, "default": 0, "help": seed_help}),
@@ -269,6 +273,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         kind = kinds.add_parser(name, help=words, description=description)
+        required = [f"{option} {settings['metavar']}" for option, settings in options if settings.get("required")]
+        # Two lines if it would be longer than a terminal.
+        between = " " if len(required) < 3 else "\n           "
+        kind.usage = f"{kind.prog}{between}{' '.join([*required, '[options]'])}"
         for option, settings in options:
             kind.add_argument(option, **settings)
         kind.set_defaults(run_kind=run_kind)
@@ -281,7 +289,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: an option is out of range, the output folder holds something else, or its disk cannot hold all.
         SystemExit: on SIGTERM and SIGHUP.
     """
-    with exit_on_signals():
+    settings = {name: f"--{name.replace('_', '-')}" for name in vars(args)} | {"train_rows": "--rows"}
+    with exit_on_signals(), settings_as_options(settings):
         return args.run_kind(args)
 
 
@@ -378,18 +387,20 @@ def _report_fit(originals: list[Profile], folder: Path, plot: Path | None) -> No
 
 def _make(output: Path, generate: Callable[[], DatasetSchema], summarize: Callable[[DatasetSchema], str]) -> int:
     start = time.perf_counter()
-    print(summarize(generate()))
+    schema = generate()
+    print(summarize(schema))
     print(f"{output} is ready after {time.perf_counter() - start:.1f} s")
-    command = command_line("fit", "--config", "dlrm.yaml", "--data.path", str(output))
-    print(command_after("train on it:", command))
+    if "train" in schema.splits:
+        command = command_line("fit", "--config", "dlrm.yaml", "--data.path", str(output))
+        print(command_after("train on it:", command))
     return 0
 
 
 def _shape(schema: DatasetSchema) -> str:
     features = schema.features
-    rows = ", ".join(f"{split.rows:,} {name} rows" for name, split in schema.splits.items())
+    rows = ", ".join(counted(split.rows, f"{name} row") for name, split in schema.splits.items())
     tables = f"{counted(len(features.tables), 'table')} with {counted(sum(features.table_rows), 'row')}"
-    return f"{rows}; {features.dense} dense features, {tables}"
+    return f"{rows}; {counted(features.dense, 'dense feature')}, {tables}"
 
 
 def _run_tsv(args: argparse.Namespace) -> int:
@@ -398,8 +409,8 @@ def _run_tsv(args: argparse.Namespace) -> int:
     sizes = generate_tsv(settings, args.output)
     seconds = time.perf_counter() - start
     for path, size in zip(args.output, sizes, strict=True):
-        print(f"{path}: {size / 1e6:,.1f} MB")
-    print(f"{settings.rows:,} rows after {seconds:.1f} s ({settings.rows / seconds:,.0f} rows/s)")
+        print(f"{path}: {format_size(size)}")
+    print(f"{counted(settings.rows, 'row')} after {seconds:.1f} s ({settings.rows / seconds:,.0f} rows/s)")
     options = ["--dataset", args.dataset, "--protocol", "dlrm", "--input", *map(str, args.output), "--output", "DIR"]
     print(command_after("preprocess them:", command_line("preprocess", *options)))
     return 0
@@ -408,9 +419,9 @@ def _run_tsv(args: argparse.Namespace) -> int:
 def _run_log(args: argparse.Namespace) -> int:
     made = generate_log(LogSettings(form=args.form, rows=args.rows, seed=args.seed), args.output)
     for path in made.files:
-        print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+        print(f"{path}: {format_size(path.stat().st_size)}")
     scores = f"AUC {made.best.auc:.4f}, log loss {made.best.log_loss:.4f}"
-    print(wrapped([f"{args.rows:,} rows; best scores any model can reach on all of them: {scores}"]))
+    print(wrapped([f"{counted(args.rows, 'row')}; best scores that any model can reach on all of them: {scores}"]))
     schema, files = f"datasets/{args.form}.yaml", ["--input", *map(str, made.files)]
     words = ["--schema", schema, *files, "--output", "DIR"]
     if schema not in shipped_names():
@@ -420,7 +431,7 @@ def _run_log(args: argparse.Namespace) -> int:
 
 
 def _summary(schema: DatasetSchema) -> str:
-    lines = [f"{sum(schema.features.table_rows):,} table rows; best scores any model can reach:"]
+    lines = [f"{sum(schema.features.table_rows):,} table rows; best scores that any model can reach:"]
     for name, split in schema.splits.items():
         best = schema.optimum[name]
         share = (split.positives or 0) / split.rows

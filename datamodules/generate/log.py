@@ -337,6 +337,7 @@ def generate_log(settings: LogSettings, folder: Path) -> GeneratedLog:
         UserError: a file exists already, or cannot be written.
     """
     form = FORMS[settings.form]
+    require(not Path(folder).is_file(), f"{folder} is a file; name a folder for the files of the log")
     paths = tuple(Path(folder) / name for name in form.files)
     for path in paths:
         require(not path.exists(), f"{path} exists; name another folder, or remove it if it is not needed")

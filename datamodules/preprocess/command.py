@@ -11,7 +11,7 @@ from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import DATASETS, PROTOCOLS
 from datamodules.preprocess.report import fit_command, one_label_warnings, render_report, threshold_warnings
-from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.contracts.errors import require, settings_as_options
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.terminal import command_after, command_line, line_width, wrapped
 
@@ -50,8 +50,7 @@ _INFER_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--label": {
         "metavar": "LABEL",
-        "help": "what to predict: a column of 0 and 1, or a condition such as 'rating >= 4'; candidates are listed "
-        "without it",
+        "help": "a column of 0 and 1, or a condition: 'rating >= 4'",
     },
     "--columns": {"metavar": "NAME,...", "help": "names of the columns, if the files have no header"},
 }
@@ -62,6 +61,8 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--input": {
             "required": True,
             "nargs": "+",
+            # Given twice, it names all files.
+            "action": "extend",
             "metavar": "PATH",
             "help": "raw files or URLs, in the order of days",
         },
@@ -69,18 +70,18 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--schema": {
             "type": Path,
             "metavar": "FILE.yaml",
-            "help": "of a log: your own schema, or a shipped one such as datasets/avazu.yaml",
+            "help": "of a log: your own, or shipped: datasets/avazu.yaml",
         },
-        "--dataset": {"choices": DATASETS, "help": "Criteo's dataset that the files belong to; sets the split"},
+        "--dataset": {"choices": DATASETS, "help": "Criteo's dataset that the files belong to"},
         # No choices: Options refuses an unknown protocol, as in Python.
-        "--protocol": {"metavar": "NAME", "help": "how Criteo's values become features: see protocols below"},
-        "--vocabulary": {"metavar": "DIR", "help": "encode new rows, with or without labels, as this dataset is"},
+        "--protocol": {"metavar": "NAME", "help": "how Criteo's values become features: see below"},
+        "--vocabulary": {"metavar": "DIR", "help": "encode new rows in the same way as this dataset"},
     },
     "change a protocol of Criteo (of a log, change the schema)": {
         "--min-count": {
             "type": int,
             "metavar": "N",
-            "help": "values seen fewer than N times share a row; 1 keeps all (default: the protocol's)",
+            "help": "values seen fewer than N times share a row",
         },
         "--max-rows": {"type": int, "metavar": "N", "help": "dlrm, mlperf: most rows of a table (default: no limit)"},
         "--bins": {"type": int, "metavar": "N", "help": "quantile: most bins of an integer column (default: 30)"},
@@ -88,7 +89,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "type": float,
             "default": 1.0,
             "metavar": "SHARE",
-            "help": "share of the training rows with label 0 to keep (default: 1)",
+            "help": "share of the training rows of label 0 that is kept",
         },
         "--multi-hot": {"choices": ("mlperf",), "help": "terabyte: make the bags of ids of MLPerf DLRM v2"},
         "--multi-hot-distribution": {
@@ -107,7 +108,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--on-bad-row": {
             "choices": get_args(OnBadRow),
             "default": "fail",
-            "help": "end at a bad line, or skip it and list it in DIR/bad_rows.tsv (default: %(default)s)",
+            "help": "end at a bad line, or skip and list it (default: fail)",
         },
         "--workers": {"type": int, "metavar": "N", "help": "processes on this machine (default: one per core)"},
         "--scheduler": {"metavar": "ADDRESS", "help": "work on a Dask cluster, such as tcp://10.0.0.1:8786"},
@@ -151,12 +152,12 @@ def run(args: argparse.Namespace) -> int:
         require(
             getattr(args, name) is None, f"--{name} is an option of --infer; with --schema, set it in the schema file"
         )
-    require(args.output is not None, "--output is missing; name the folder to make")
+    require(args.output, f"--output is {'missing' if args.output is None else 'empty'}; name the folder to make")
     progress = Progress()
     names = [name.strip("-").replace("-", "_") for options in _OPTIONS.values() for name in options]
     given = {name: getattr(args, name) for name in names if name != "input"}
     log = given["schema"] = None if args.schema is None else read_log_schema(args.schema)
-    with exit_on_signals():
+    with exit_on_signals(), settings_as_options({name: f"--{name.replace('_', '-')}" for name in names}):
         try:
             schema = preprocess(inputs=args.input, progress=progress, **given)
         except (KeyboardInterrupt, SystemExit):

@@ -37,7 +37,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the description and the options of ``inspect`` to a parser; ``run`` takes what it parses."""
-    parser.description = _DESCRIPTION
+    parser.description, parser.usage = _DESCRIPTION, f"{parser.prog} DIR [options]"
     for name, settings in _OPTIONS.items():
         parser.add_argument(name, **settings)
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         facts["leakage"] = equal_rows(folder, schema)
     if args.plot is not None:
         protocol = f", protocol {schema.protocol}" if schema.protocol in PROTOCOLS else ""
-        title = f"{folder}: {schema.dataset} data{protocol}, {facts['rows']:,} rows"
+        title = f"Tables of {folder} ({schema.dataset} data{protocol}, {facts['rows']:,} rows)"
         draw(list(all_skews(folder, schema)), title, args.plot)
     if args.json:
         print(json.dumps(facts, indent=1))
@@ -76,5 +76,5 @@ def run(args: argparse.Namespace) -> int:
         else "the sizes of all files match; --verify compares their checksums too"
     )
     if args.plot is not None:
-        print(f"{args.plot} shows table sizes and skew")
+        print(f"{args.plot} shows the sizes of the tables and the skew of their ids")
     return 0

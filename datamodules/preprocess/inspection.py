@@ -46,6 +46,10 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
     missing = report.missing if rows_read else {}
     skews = {column.name: vocabulary_skew(folder, schema, column) for column in schema.columns}
     held_out = [name for name in schema.cells if name != "train"]
+
+    def missing_share(name: str) -> float | None:
+        return missing[name] / rows_read if name in missing else _cell_share(schema, name, "missing", schema.cells)
+
     return {
         "folder": str(folder),
         "dataset": schema.dataset,
@@ -74,17 +78,15 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
                 "cardinality": column.cardinality,
                 "transform": column.transform,
                 "reserved": dict(column.reserved),
-                "missing": missing[column.name] / rows_read
-                if column.name in missing
-                else _cell_share(schema, column.name, "missing", schema.cells),
+                "missing": share,
                 "most_frequent": skew.most_frequent if skew else None,
-                "most_frequent_is": _reserved_kinds(column, skew),
+                "most_frequent_is": _reserved_kinds(column, skew, share),
                 "ids_for_90": skew.ids_for.get(0.9) if skew else None,
                 "unknown": _cell_share(schema, column.name, "unknown", held_out),
                 "note": _note(schema, column, report.distinct.get(column.name)),
             }
             for column in schema.columns
-            for skew in (skews[column.name],)
+            for skew, share in ((skews[column.name], missing_share(column.name)),)
         ],
         "optimum": {
             name: {"auc": optimum.auc, "log_loss": optimum.log_loss} for name, optimum in schema.optimum.items()
@@ -100,15 +102,22 @@ def _left_out(schema: DatasetSchema) -> list[str]:
     return [*left, *(["all columns that the schema does not name"] if of_log.get("rest") == "leave" else [])]
 
 
-def _reserved_kinds(column: Column, skew: Skew | None) -> str | None:
+def _reserved_kinds(column: Column, skew: Skew | None, missing: float | None) -> str | None:
     """Return the values that the most frequent id is reserved for, such as ``missing/rare``; None for a value's own."""
-    if skew is None or skew.most_frequent_id is None:
+    row = None if skew is None else skew.most_frequent_id
+    if row is None or not _is_reserved(row, column.reserved):
         return None
-    row = skew.most_frequent_id
-    # If no training row has a rare value, rare ones have the last row, which is that of the rarest value.
-    is_reserved = row < len(set(column.reserved.values()))
-    kinds = [kind for kind in ("missing", "rare") if is_reserved and column.reserved.get(kind) == row]
+    kinds = [kind for kind in ("missing", "rare") if column.reserved.get(kind) == row]
+    # Columns without missing values have no row of their own for them.
+    kinds = kinds[-1:] if missing == 0 else kinds
     return "/".join(kinds) or None
+
+
+def _is_reserved(row: int, reserved: Mapping[str, int]) -> bool:
+    """Return whether a row is for reserved values alone, and not also the last row, which is that of a value."""
+    # Without rare values in training, rare values have the last row: see ``trained_ids``.
+    is_own = row == reserved.get("unknown") != reserved.get("rare")
+    return is_own or (row <= 1 and row in reserved.values())
 
 
 def _cell_share(schema: DatasetSchema, column: str, kind: str, splits: Iterable[str]) -> float | None:
@@ -249,12 +258,22 @@ def _column_tables(facts: Mapping[str, Any], width: int) -> list[str]:
     lines += [part for name, words in _LEGENDS for part in _legend(columns, name, words, width)]
     for words in _reserved_rows(tables):
         lines += filled_below(words, width, indent=2)
-    notes: dict[str, list[str]] = {}
+    return lines + [part for words in _notes(columns) for part in filled_below(words, width, indent=2)]
+
+
+def _notes(columns: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what is unusual about columns, a line for columns with the same note or with few bins."""
+    names: dict[str, list[str]] = {}
+    bins: dict[str, list[str]] = {}
     for column in columns:
-        if column["note"]:
-            notes.setdefault(column["note"], []).append(column["name"])
-    return lines + [
-        part for note, names in notes.items() for part in filled_below(f"{note}: {_ranges(names)}", width, indent=2)
+        found, _, most = column["note"].partition(" of at most ")
+        if most:
+            bins.setdefault(most.removesuffix(" bins"), []).append(f"{column['name']} {found}")
+        elif found:
+            names.setdefault(found, []).append(column["name"])
+    return [
+        *(f"{note}: {_ranges(some)}" for note, some in names.items()),
+        *(f"columns with fewer bins than {most}: {', '.join(some)}" for most, some in bins.items()),
     ]
 
 
@@ -308,7 +327,7 @@ def _reserved_rows(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return which rows of the tables stand for missing, rare and unknown values; a line for tables that agree."""
     names: dict[str, list[str]] = {}
     for column in tables:
-        names.setdefault(_reserved_words(column["reserved"], column["cardinality"]), []).append(column["name"])
+        names.setdefault(_reserved_words(column["reserved"]), []).append(column["name"])
     lines = [
         f"{'reserved rows' if len(names) == 1 else f'reserved rows of {_ranges(some)}'}: {words}"
         for words, some in names.items()
@@ -322,20 +341,18 @@ def _reserved_rows(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _reserved_words(reserved: Mapping[str, int], rows: int) -> str:
+def _reserved_words(reserved: Mapping[str, int]) -> str:
     kinds_of: dict[int, list[str]] = {}
     for kind in ("missing", "rare", "unknown"):
         if kind in reserved:
             kinds_of.setdefault(reserved[kind], []).append(kind)
-    if not kinds_of:
-        return "none"
-    # Without rare values in training, rare and unknown ones share the last row with a value.
-    first = [row for row in kinds_of if row < len(kinds_of)]
-    return ", ".join(
-        f"{f'row {row}' if row in first else 'the last row, which is also that of the rarest value,'} is for "
-        f"{_and(kinds)} values"
+    words = [
+        f"row {row} is for {_and(kinds)} values"
+        if _is_reserved(row, reserved)
+        else f"{_and(kinds)} values share the last row with the rarest value"
         for row, kinds in kinds_of.items()
-    )
+    ]
+    return ", ".join(words) or "none"
 
 
 def _and(words: Sequence[str]) -> str:

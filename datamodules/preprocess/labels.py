@@ -103,7 +103,9 @@ def _proposal(column: Facts, named: bool = False) -> str | None:
         return f"{column.name} >= 1"
     if rating and (named or words_of(column.name) & _RATING_WORDS):
         return f"{column.name} >= {math.ceil(_LIKED * max(column.counts))}"
-    return None
+    if named and column.kind in ("integer", "number"):
+        return f"{column.name} >= {sorted(column.values)[len(column.values) // 2]:g}"
+    return f"{column.name} == {column.counts.most_common(1)[0][0]}" if named and column.kind == "text" else None
 
 
 def _stray(column: Facts) -> list[Value]:

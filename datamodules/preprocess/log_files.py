@@ -140,7 +140,9 @@ def _readable(source: RawFile) -> Iterator[None]:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{source.path}: {one_line(error)}; download the file again, or set encoding") from error
+        is_damaged = one_line(error).startswith(("truncated", "corrupt"))
+        remedy = "download the file again" if is_damaged else "download the file again, or set encoding"
+        raise UserError(f"{source.path}: {one_line(error)}; {remedy}") from error
 
 
 def _start(source: RawFile, schema: LogSchema) -> bytes:

@@ -297,7 +297,7 @@ class LogReader(Reader):
         wanted = f"expected {len(self.names)} between {self.separator!r}: {listed(self.names[:4])}..."
         counts = np.searchsorted(separators, ends) - np.searchsorted(separators, starts) + 1
         for row in np.flatnonzero(counts != len(self.names)).tolist():
-            fault = f"{counts[row]} fields, {wanted}; {_REMEDY}, quote fields that hold the separator{hint}"
+            fault = f"{counts[row]} fields, {wanted}; {_REMEDY}, or quote fields that hold the separator{hint}"
             wrong.setdefault(row, fault)
         faults |= {int(lines[row]): fault for row, fault in wrong.items()}
         good = np.delete(np.arange(len(starts)), list(wrong))

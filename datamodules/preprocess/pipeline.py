@@ -251,7 +251,9 @@ def _changes(old: object, new: object, place: str = "") -> Iterator[str]:
 
 
 def _check_workers(workers: int | None, scheduler: str | None) -> None:
-    require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
+    require(
+        workers is None or workers >= 1, f"workers is {workers}, expected at least 1; leave it out for one per core"
+    )
     require(
         workers is None or scheduler is None,
         "both workers and a scheduler are given, but a cluster has workers of its own: leave one out",

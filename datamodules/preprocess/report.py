@@ -70,7 +70,7 @@ def render_report(schema: DatasetSchema, stages: Sequence[StageTime], width: int
     lines = ["", *aligned(splits)]
     if schema.by_role("label"):
         lines.append("  label mean: share of the rows with label 1")
-    lines += filled_below(f"rows were split {split_words(schema)}", width, "  ", 4)
+    lines += filled_below(f"how rows were split: {split_words(schema)}", width, "  ", 4)
     lines += ["", *_column_lines(schema, width), ""]
     lines += filled_below(
         f"{counted(read, 'row')} read, {counted(rows, 'row')} written in "

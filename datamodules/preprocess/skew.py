@@ -183,6 +183,8 @@ def check_figure(schema: DatasetSchema, path: Path) -> None:
         schema.features.tables,
         "the dataset has no categorical or multi-hot columns, so there are no tables to plot",
     )
+    parent = path.absolute().parent
+    require(parent.is_dir(), f"cannot write {path}: there is no folder {path.parent}; make it, or choose another file")
     require(
         path.suffix in _FORMATS, f"{path} does not have the suffix of a figure; give it one of {', '.join(_FORMATS)}"
     )
@@ -205,13 +207,17 @@ def draw(skews: Sequence[Skew], title: str, path: Path) -> None:
     shown = [skew for skew in skews if skew in largest[:_MOST_TABLES]]
     figure = Figure(figsize=(13, max(4.0, 2.2 + 0.23 * len(shown))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    figure.suptitle(title, fontsize=12, weight="bold", x=0.01, ha="left")
+    figure.suptitle(title, fontsize=13, weight="bold", x=0.01, ha="left")
     _draw_sizes(left, shown, len(skews))
     _draw_curves(right, skews, largest[:_NAMED_CURVES])
     # Below the axes: inside them they would hide bars or curves of some dataset.
-    style = {"fontsize": 8, "handlelength": 4, "frameon": False}
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, **style)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=4, **style)
+    style = {"fontsize": 9.5, "frameon": False, "columnspacing": 1.5}
+    handles, labels = left.get_legend_handles_labels()
+    # The smallest share first; it is drawn last.
+    marks = len(SHARES)
+    handles[:marks], labels[:marks] = handles[marks - 1 :: -1], labels[marks - 1 :: -1]
+    figure.legend(handles, labels, loc="outside lower left", ncols=1, handlelength=2, **style)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=4, handlelength=4, **style)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
@@ -233,7 +239,7 @@ def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
             xytext=(8, 0),
             textcoords="offset points",
             va="center",
-            fontsize=7.5,
+            fontsize=9,
         )
     for share, (marker, fill, marker_size) in reversed(list(zip(SHARES, _MARKS, strict=True))):
         counted = [(skew.ids_for[share], row) for row, skew in zip(rows, shown, strict=True) if skew.lookups]
@@ -245,19 +251,23 @@ def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
             markerfacecolor=fill,
             markersize=marker_size,
             markeredgewidth=0.8,
-            label=f"{share:.0%} of the lookups go to this many ids",
+            label=f"{share:.0%} of the lookups go to this many ids, the most frequent ones",
         )
     if any(skew.once > _MOSTLY_ONCE for skew in shown):
-        axes.plot([], [], " ", label="* most of its ids occur once: more rows would bring more ids")
+        axes.plot([], [], " ", label="* most ids of this table occur once: more rows would bring more ids")
     # The numbers to the right of the bars take a sixth of the width.
     right = max(sizes) * (max(sizes) / _LEAST) ** 0.17
-    axes.set(xscale="log", xlim=(_LEAST, right), xlabel="rows of the table (bar) and most frequent ids (marks)")
+    axes.set(
+        xscale="log",
+        xlim=(_LEAST, right),
+        xlabel="number of ids (logarithmic): rows of the table (bar), most frequent ids (marks)",
+    )
     axes.set_yticks(rows, [skew.column.name for skew in shown])
     # Bars of few tables are no thicker than those of six.
     ends = max(0.6, (6 - len(shown)) / 2)
     axes.set_ylim(len(shown) - 1 + ends, -ends)
-    words = "Table sizes" if len(shown) == tables else f"The {len(shown)} largest of {tables} tables"
-    axes.set_title(words, fontsize=10, loc="left")
+    which = "each table" if len(shown) == tables else f"the {len(shown)} largest of {tables} tables"
+    axes.set_title(f"Rows of {which}, and how few of its ids most lookups go to", fontsize=11, loc="left")
     axes.grid(axis="x", color="0.92")
 
 
@@ -265,12 +275,16 @@ def _draw_curves(axes: "Axes", skews: Sequence[Skew], named: Sequence[Skew]) -> 
     others = [skew for skew in skews if skew not in named and skew.lookups]
     for number, skew in enumerate(others):
         x, y = skew.curve
-        label = "the other tables" if number == 0 else None
+        label = f"the other {len(others)} tables" if number == 0 else None
         axes.plot(100 * x, 100 * y, color="0.75", linewidth=0.7, label=label, zorder=1)
-    for skew, (colour, style) in zip(named, _CURVES, strict=False):
+    for number, (skew, (colour, style)) in enumerate(zip(named, _CURVES, strict=False)):
         if skew.lookups:
             x, y = skew.curve
-            axes.plot(100 * x, 100 * y, color=colour, linestyle=style, linewidth=1.8, label=skew.column.name, zorder=2)
+            # Curves at one place are all seen: the first ones are wider.
+            width = 1.6 + 0.6 * (len(named) - 1 - number)
+            axes.plot(
+                100 * x, 100 * y, color=colour, linestyle=style, linewidth=width, label=skew.column.name, zorder=2
+            )
     # Shares close to 0 are left out, because they would take empty decades.
     begins = [x[np.searchsorted(y, _SHOWN_SHARE)] for x, y in (skew.curve for skew in skews if skew.lookups)]
     least = min(begins, default=_SHOWN_SHARE)
@@ -278,9 +292,9 @@ def _draw_curves(axes: "Axes", skews: Sequence[Skew], named: Sequence[Skew]) -> 
         xscale="log",
         xlim=(100 * least * _LEAST, 100 / _LEAST),
         ylim=(0, 102),
-        xlabel="most frequent ids, % of the table",
-        ylabel="lookups that go to them, %",
+        xlabel="most frequent ids, % of the table's rows (logarithmic)",
+        ylabel="lookups that go to these ids, %",
     )
-    words = f"Skew of the ids: the {len(named)} largest tables" if others else "Skew of the ids"
-    axes.set_title(words, fontsize=10, loc="left")
+    words = f" (named: the {len(named)} largest tables)" if others else ""
+    axes.set_title(f"Lookups that the most frequent ids take{words}", fontsize=11, loc="left")
     axes.grid(color="0.92")

@@ -32,7 +32,7 @@ _PIECES = 8  # of a large file
 
 _BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
-_CRITEO = "; Criteo's own files need no schema: preprocess --dataset kaggle --protocol dlrm"
+_CRITEO = ", which need no schema: preprocess --dataset kaggle --protocol dlrm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,10 +282,15 @@ def _rows(
 def _check_names(path: str, names: Sequence[str] | None, first: Sequence[str], separator: str) -> None:
     start = separator.join(first)[:80]
     if names is None:
+        require(
+            len(first) != 40,
+            f"{path} has no header, and 40 fields in its first line, as Criteo's own files have{_CRITEO}; if it is "
+            "another log, name its columns with --columns",
+        )
         example = "user,item,rating,time" if len(first) == 4 else ",".join(f"c{i + 1}" for i in range(len(first)))
         raise UserError(
             f"{path} has no header: its first line is {start!r}; name its {len(first)} columns, such as "
-            f"--columns {example}{_CRITEO if len(first) == 40 else ''}"
+            f"--columns {example}"
         )
     require(
         len(names) == len(first),

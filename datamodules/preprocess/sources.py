@@ -178,6 +178,7 @@ def find_files(paths: Sequence[str], of_criteo: bool = True) -> list[RawFile]:
     seen: dict[str, str] = {}
     files = []
     for path in paths:
+        require(path, "an input is an empty text; name a file")
         with _named(path):
             files.append((_find_remote if is_remote(path) else _find_local)(path, of_criteo))
         same = path if is_remote(path) else str(Path(path).resolve())

@@ -22,7 +22,7 @@ def split_words(schema: DatasetSchema) -> str:
         split = {**asdict(split_of_protocol(schema.protocol)), **schema.settings}
         split["days"] = "files" if schema.dataset == "terabyte" else "position"
     else:
-        return ""
+        return "each split is generated on its own" if schema.protocol in _GENERATED else ""
     files = [str(name) for name, _ in schema.report.get("rows_per_file", ())]
     words = _words(split, files)
     if (share := split["negative_sampling_rate"]) < 1:
@@ -30,6 +30,7 @@ def split_words(schema: DatasetSchema) -> str:
     return words
 
 
+_GENERATED = ("demo", "random", "trace")
 _DEFAULTS: Mapping[str, Any] = asdict(LogSplit(by="random"))
 
 

@@ -5,7 +5,8 @@ import re
 import sysconfig
 import textwrap
 import traceback
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 _INSTALLED = {Path(path).resolve() for path in sysconfig.get_paths().values()}
@@ -73,6 +74,22 @@ def require(condition: object, message: str) -> None:
     """
     if not condition:
         raise UserError(message)
+
+
+@contextmanager
+def settings_as_options(options: Mapping[str, str]) -> Iterator[None]:
+    """Name the option that a user typed in a UserError that begins with the name of a setting.
+
+    Args:
+        options: for each setting its option.
+    """
+    try:
+        yield
+    except UserError as error:
+        found = re.match(r"(?:[\w ]+: )?(\w+)(?= is )", str(error))
+        if found is None or found[1] not in options:
+            raise
+        raise UserError(f"{options[found[1]]}{str(error)[found.end() :]}") from error
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -275,6 +275,7 @@ class DatasetSchema:
         folder = Path(folder)
         path = folder / SCHEMA_FILE
         try:
+            require(not folder.is_file(), f"{folder} is a file; give the dataset folder that holds {SCHEMA_FILE}")
             require(
                 folder.is_dir(),
                 f"no dataset folder at {folder}: expected a folder with {SCHEMA_FILE}; make one with "

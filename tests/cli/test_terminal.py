@@ -98,6 +98,28 @@ def test_help_has_at_most_98_columns(
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 98
 
 
+@pytest.mark.parametrize(
+    ("command", "most_lines"),
+    [
+        ("preprocess", 66),
+        ("inspect", 25),
+        ("generate", 20),
+        ("generate demo", 30),
+        ("generate random", 54),
+        ("generate trace", 45),
+        ("generate tsv", 26),
+        ("generate log", 38),
+    ],
+)
+def test_help_of_data_commands_is_short_at_80_columns(
+    command: str, most_lines: int, columns_80: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) < 80 and len(lines) <= most_lines, len(lines)
+
+
 def test_the_width_is_that_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 61, 0, 0))

@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules.preprocess import inspect_command, leakage
+from datamodules.preprocess import inspect_command, inspection, leakage
+from datamodules.preprocess.inspection import render, summary
 from datamodules.preprocess.skew import all_skews
+from datamodules.preprocess.split_words import split_words
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Optimum
@@ -82,6 +84,8 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert "leakage" not in facts
     assert facts["optimum"] == {"validation": {"auc": 0.8125, "log_loss": 0.4321}}
+    assert [columns[name]["most_frequent_is"] for name in ("I1", "C1", "C2")] == [None, None, "missing"]
+    assert facts["split_rule"] is None and facts["left_out"] == []
 
 
 def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,15 +94,19 @@ def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [line.split() for line in out.splitlines()]
     assert ["train", "100", "90.9%", "0.2500", "1"] in words
     assert ["I1", "dense", "10.00%"] in words
-    assert ["C1", "categorical", "1,234", "0.00%"] in words
-    assert ["C2", "categorical", "3", "60.00%", "3"] in words
+    assert ["C1", "1,234", "0.00%"] in words
+    assert ["C2", "3", "60.00%", "(missing)", "3"] in words
     assert ["all", "1,237"] in words
     for text in (
         "max_rows 5000",
         "raw.txt (220 rows)",
         "AUC 0.8125",
         "as it is",
-        "table rows include the rows of missing values",
+        "label; 1 dense (I1); 2 categorical (C1, C2)",
+        "reserved rows of C1: none",
+        "reserved rows of C2: row 0 is for missing values",
+        "ids for 90%: how many ids, the most frequent ones, take 90% of all lookups",
+        "label mean: share of the rows with label 1",
         "the checksums of all files match",
     ):
         assert text in out, text
@@ -113,18 +121,136 @@ def test_long_lists_are_short_for_people(tmp_path: Path, capsys: pytest.CaptureF
     columns += [Column(name=name, role="categorical", cardinality=9, transform="b") for name in ("C5", "C6", "X")]
     with DatasetWriter(tmp_path / "data", columns) as writer:
         writer.write("train", {column.name: np.zeros(3, np.int32) for column in columns})
-        split = {"by": "value", "column": "C5", "train": [1, 2]}
+        split = {"by": "column", "column": "C5", "train": [1, 2]}
         settings = {"minimum": {"C1": 0, "C2": 5}, "seed": 3, "schema": {"split": split}}
         cells = {"train": {"C2": {"missing": 1, "rare": 0, "unknown": 0}}}
         writer.finish(dataset="mine", protocol="own", settings=settings, cells=cells)
     assert run_inspect(tmp_path / "data") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "  dataset      mine, protocol own, minimum for each column, seed 3" in lines
-    assert "  split        by value, column C5, train 1, 2" in lines
-    assert next(line for line in lines if line.split()[:1] == ["C2"]).split()[3] == "33.33%"
+    assert "  split        by the values of C5: train 1, 2" in lines
+    assert next(line for line in lines if line.split()[:1] == ["C2"]).split()[2] == "33.33%"
     at = lines.index("  categorical  C1..C3: a")
     assert lines[at + 1] == "               C5, C6, X: b"
-    assert any(line.startswith("table rows include the rows of missing, rare, unknown values") for line in lines)
+    assert "reserved rows of C1..C3: row 0 is for missing values, row 1 is for rare and unknown values" in lines
+    assert "reserved rows of C5, C6, X: none" in lines
+    assert any(line.startswith("rare values occur too seldom") for line in lines)
+
+
+def test_tables_fit_80_columns_with_long_names(tmp_path: Path) -> None:
+    """A name without room in its line stands above its numbers, whole."""
+    names = ["C1", "a_very_long_name_of_a_column_of_an_advertiser", "b"]
+    reserved = {"missing": 0, "rare": 0, "unknown": 0}
+    columns = [Column(name=name, role="categorical", cardinality=9, transform="a", reserved=reserved) for name in names]
+    leave = {"columns": {"day": {"role": "leave"}, "C1": {"role": "categorical"}}, "rest": "leave"}
+    with DatasetWriter(tmp_path / "data", columns) as writer:
+        writer.write("test", {name: np.zeros(5, np.int32) for name in names})
+        for name in names:
+            writer.write_vocabulary(name, pa.table({"value": ["x", "y", "z"], "count": [1_000_000, 2, 1]}))
+        writer.finish(dataset="mine", protocol="schema", settings={"schema": {**leave, "split": {"by": "tenths"}}})
+    facts = summary(tmp_path / "data", DatasetSchema.load(tmp_path / "data"))
+    assert facts["left_out"] == ["day", "all columns that the schema does not name"]
+    lines = render({**facts, "folder": "data"}, 79).splitlines()
+    assert max(map(len, lines)) <= 79
+    assert "  left out     day, all columns that the schema does not name" in lines
+    assert names[1] in lines and lines[lines.index(names[1]) + 1].split() == ["9", "100.00%", "(missing/rare)", "1"]
+    text = " ".join(" ".join(lines).split())
+    assert "split at random: of every 10 rows 1 is a test and 1 a validation row, seed 0" in text
+    assert "reserved rows: row 0 is for missing, rare and unknown values" in text
+    assert render(facts).count(names[1]) == 2, "without a terminal, names stay in their lines"
+
+
+def halves(first: str, second: str) -> str:
+    return f"its first half is the {first} split, its second half the {second} split"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "protocol", "settings", "files", "words"),
+    [
+        (
+            "kaggle",
+            "dlrm",
+            {},
+            ["train.txt"],
+            f"by position: the rows make 7 equal days, of which the last is held out: {halves('test', 'validation')}",
+        ),
+        (
+            "terabyte",
+            "mlperf",
+            {"seed": 3, "negative_sampling_rate": 0.125},
+            ["day_0", "day_1"],
+            f"by files: day_1, the last one, is held out: {halves('validation', 'test')}; 12.5% of the training rows "
+            "with label 0 are kept, drawn from seed 3",
+        ),
+        (
+            "kaggle",
+            "bars",
+            {"seed": 7},
+            ["train.txt"],
+            "at random: of every 10 rows 1 is a test and 1 a validation row, seed 7",
+        ),
+        (
+            "log",
+            "schema",
+            {"schema": {"split": {"by": "time", "column": "hour", "ratios": [0.7, 0.1, 0.2]}}},
+            ["a"],
+            "by time, in the order of hour: first 70% training, then 10% validation, then 20% test rows",
+        ),
+        (
+            "log",
+            "schema",
+            {"schema": {"split": {"by": "random", "seed": 1}}},
+            ["a"],
+            "at random: 80% training, 10% validation, 10% test rows, seed 1",
+        ),
+        (
+            "log",
+            "schema",
+            {"schema": {"split": {"by": "files", "train": ["a*"], "test": ["b"]}}},
+            ["a1", "b"],
+            "by the names of the files: train a*; test b",
+        ),
+        ("demo", "demo", {}, [], "each split is generated on its own"),
+        ("mine", "own", {}, [], ""),
+    ],
+)
+def test_the_split_is_said_in_words(
+    dataset: str, protocol: str, settings: dict[str, object], files: list[str], words: str
+) -> None:
+    report = {"rows_per_file": [[name, 10] for name in files]}
+    schema = DatasetSchema(
+        dataset=dataset, protocol=protocol, columns=COLUMNS, splits={}, settings=settings, report=report
+    )
+    assert split_words(schema) == words
+    new = DatasetSchema(
+        dataset=dataset, protocol=protocol, columns=COLUMNS, splits={}, settings=settings, report={"unknown": {"C1": 1}}
+    )
+    assert split_words(new) == "all rows are test rows, because they are encoded with the vocabulary of another dataset"
+
+
+@pytest.mark.parametrize(
+    ("reserved", "words"),
+    [
+        ({}, "none"),
+        ({"missing": 0, "rare": 8, "unknown": 8},
+         "row 0 is for missing values, rare and unknown values share the last row with the rarest value"),
+        ({"missing": 1, "rare": 1, "unknown": 1}, "row 1 is for missing, rare and unknown values"),
+        ({"rare": 0, "unknown": 0}, "row 0 is for rare and unknown values"),
+        ({"missing": 0, "rare": 1, "unknown": 2},
+         "row 0 is for missing values, row 1 is for rare values, row 2 is for unknown values"),
+    ],
+)  # fmt: skip
+def test_reserved_rows_are_said_in_words(reserved: dict[str, int], words: str) -> None:
+    (first, *_) = inspection._reserved_rows([{"name": "C1", "reserved": reserved}])
+    assert first == f"reserved rows: {words}"
+
+
+def test_notes_of_columns_stand_together() -> None:
+    notes = {"a": "one value", "B1": "17 of at most 30 bins", "B2": "3 of at most 30 bins", "b": "", "c": "one value"}
+    assert inspection._notes([{"name": name, "note": note} for name, note in notes.items()]) == [
+        "one value: a, c",
+        "columns with fewer bins than 30: B1 17, B2 3",
+    ]
 
 
 def test_addresses_are_inspected_like_folders(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -433,11 +433,15 @@ def with_line(index: int, line: str) -> bytes:
 
 MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of(LINES, "click,u,pp,t"), {}, r"has no column 'p', which the schema names \(columns: p\); .*did you mean pp"),
-    (log_of(LINES, "click,u,u,t"), {}, "'u' occurs twice in the header; rename"),
+    (log_of(LINES, "click,u,u,t"), {}, "names two columns 'u' in its header; rename"),
     (log_of(LINES, "0,u1,1,2024-01-01"), {}, r"has no column 'click'.*looks like values \('0', 'u1', .*names: \[...\]"),
-    (log_of(LINES, "0,,,5"), {}, r"'' occurs twice in the header; its first line looks like values"),
+    (log_of(LINES, "0,,,5"), {}, r"has no header; its first line looks like values"),
     (log_of(LINES), {"columns": {**FEW["columns"], "t": {"role": "keep", "time": "unix"}}},
-     r"t is '2024-.*expected seconds since 1970 \(time: unix\); set time to iso"),
+     r"t is '2024-.*expected seconds since 1970, because its time is unix; set 'time: iso' for this column"),
+    (with_line(3, "1,u1,1,1700000000"), {"columns": {**FEW["columns"], "t": {"role": "keep", "time": "iso"}}},
+     "line 5: t is '1700000000', expected an ISO time such as .*; set 'time: unix' for this column"),
+    ("\n".join("\t".join(["0", *["5"] * 13, *["68fd1e64"] * 26]) for _ in range(9)).encode(), {},
+     "has no header: its first line looks like 40 values between '\\\\t'; .*give --dataset and --protocol"),
     (log_of(LINES), {"separator": ";"}, r"header is one field, 'click,u,p,t': is the separator ','"),
     (with_line(5, "1,u1,5,2024-01-01,9"), {}, "line 7: 5 fields, expected 4 between ','"),
     (with_line(5, "\n\n1,u1"), {}, "line 9: 2 fields, expected 4"),
@@ -471,7 +475,7 @@ MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (with_line(9, "1,u1,1,yesterday"), BY_TIME, "line 11: t is 'yesterday', expected a time as '%Y-%m-%d'"),
     (with_line(9, "1,u1,1,"), BY_TIME, "line 11: t is missing, expected a time in every row"),
     (log_of(LINES), {**BY_TIME, "columns": {"u": {"role": "categorical"}}, "rest": "leave"},
-     "line 2: t is text, .*set in the schema how it becomes a time"),
+     "line 2: t is text, such as '2024-01-01', which .*: columns: t: {role: leave, time: iso}"),
     (with_line(9, "1,ü,1,2024-01-01").decode().encode("latin-1"), {}, "line 11: the byte 0xfc is not UTF-8"),
     (log_of(LINES, "click,ü,p,t").decode().encode("utf-16"), {}, "line 1: the text is not UTF-8; .*utf-16"),
     (b"", {}, "is empty"),
@@ -923,7 +927,7 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
             RowEncoder(tmp_path / "data").encode(rows_of_one)  # type: ignore[arg-type]
     spans = new.append_column("span", pa.nulls(len(new), pa.month_day_nano_interval()))
     for wrong, message in (
-        (twice, "'user' occurs twice"),
+        (twice, "names two columns 'user'"),
         (spans, "cannot be written as Parquet"),
         ([1], "rows is a list"),
     ):
