@@ -225,7 +225,7 @@ def _tsv_options() -> list[Option]:
     return [
         (
             "--output",
-            {"required": True, "nargs": "+", "action": "extend", "type": Path, "metavar": "FILE", "help": output_help},
+            {"required": True, "nargs": "+", "type": Path, "metavar": "FILE", "help": output_help},
         ),
         ("--rows", {"required": True, "type": int, "metavar": "N", "help": "rows of all files together"}),
         ("--dataset", {"default": "kaggle", "choices": TSV_DATASETS, "help": dataset_help}),

@@ -35,6 +35,7 @@ from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.report import mark_of
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE
+from lightning_dlrm.contracts.terminal import counted
 
 TsvDataset = Literal["kaggle", "terabyte"]
 TSV_DATASETS: tuple[TsvDataset, ...] = get_args(TsvDataset)
@@ -320,7 +321,7 @@ def _check_outputs(settings: TsvSettings, outputs: Sequence[Path]) -> None:
     require(outputs, "no output file; give at least one")
     require(
         settings.rows >= len(outputs),
-        f"{settings.rows} rows for {len(outputs)} files; give at least a row for each",
+        f"{counted(settings.rows, 'row')} for {len(outputs)} files; give at least a row for each",
     )
     for path in outputs:
         require(not path.exists(), f"{path} exists; name a new file, or remove it if it is not needed")

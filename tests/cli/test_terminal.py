@@ -99,6 +99,48 @@ def test_help_has_at_most_98_columns(
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("preprocess --input x --max-rows x", "--max-rows is 'x'; expected a whole number"),
+        ("preprocess --input x --negative-sampling-rate x", "--negative-sampling-rate is 'x'; expected a number"),
+        ("preprocess --input x --output", "--output has no value; give it one"),
+        ("preprocess --schema datasets/avazu.yaml --input x --output", "--output has no value"),
+        (
+            "preprocess --dataset kaggle --protocol dlrm --input x --output o --max-rows 0",
+            "--max-rows is 0, expected at",
+        ),
+        ("preprocess --dataset kaggle --protocol dlrm --input x --output o --workers 0", "--workers is 0, expected at"),
+        ("preprocess --schema datasets --input x --output o", "datasets is a folder, not a schema; schemas here and"),
+        ("preprocess --schema datasets/avazuu.yaml --input x --output o", "did you mean datasets/avazu.yaml? 'pre"),
+        ("generate demo --rows 0 --output d", "--rows is 0; give at least 100, so that both labels occur"),
+        ("generate demo --validation-rows -1 --output d", "--validation-rows is -1; give at least 100"),
+        ("generate log --form shop --rows 0 --output d", "--rows is 0; give at least 10"),
+        ("generate log --form shop --rows 10 --output file", "file is a file; name a folder for the files of the log"),
+        ("inspect file", "file is a file; give the dataset folder that holds dataset.json"),
+    ],
+)
+def test_errors_name_the_option_as_it_was_typed(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("datasets").mkdir()
+    assert main(words.split()) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and message in error, error
+    assert sorted(path.name for path in Path().iterdir()) == ["datasets", "file"]
+
+
+def test_empty_names_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        (["--input", "x", "--output", ""], "--output is empty; name the folder to make"),
+        (["--input", "", "--output", str(tmp_path / "o")], "an input is an empty text; name a file"),
+    ):
+        assert main(["preprocess", "--schema", "datasets/avazu.yaml", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("command", "most_lines"),
     [
         ("preprocess", 66),

@@ -9,6 +9,7 @@ import pytest
 from datamodules.generate.log import FORMS, LogSettings, generate_log
 from datamodules.log_schema import LogSchema, read_log_schema
 from datamodules.preprocess.inference import infer
+from datamodules.preprocess.progress import format_size
 from datamodules.preprocess.sniffing import read_sample
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import find_config
@@ -68,7 +69,9 @@ def test_rows_follow_from_the_options(tmp_path: Path) -> None:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "log", "--form", "criteo_x1", "--rows", "100", "--output", str(tmp_path)]
     assert main(command) == 0
-    assert "best scores any model can reach" in capsys.readouterr().out
+    size = (tmp_path / "train.csv").stat().st_size
+    out = capsys.readouterr().out
+    assert "100 rows; best scores that any model can reach" in out and f"train.csv: {format_size(size)}" in out
     assert [len((tmp_path / f"{split}.csv").read_text().splitlines()) for split in ("train", "valid", "test")] == [
         73,
         19,

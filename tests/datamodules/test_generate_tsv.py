@@ -140,9 +140,9 @@ def test_preprocess_takes_the_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rows", "0"], "tsv data: rows is 0; give at least 1"),
-        (["--rows", "10", "--seed", "-1"], "tsv data: seed is -1"),
-        (["--rows", "1", "--output", "a", "b"], "1 rows for 2 files"),
+        (["--rows", "0"], "--rows is 0; give at least 1"),
+        (["--rows", "10", "--seed", "-1"], "--seed is -1"),
+        (["--rows", "1", "--output", "a", "b"], "1 row for 2 files"),
         (["--rows", "10", "--output", "a", "./a"], "given twice"),
         (["--rows", "10", "--output", "there"], "there exists"),
         (["--rows", "10", "--output", "a.bz2"], ".bz2 is not written"),

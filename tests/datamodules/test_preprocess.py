@@ -41,6 +41,7 @@ from datamodules.preprocess.options import Options
 from datamodules.preprocess.pipeline import order_warning, preprocess
 from datamodules.preprocess.progress import Progress, format_size
 from datamodules.preprocess.protocols import PROTOCOLS, Dataset
+from datamodules.preprocess.report import render_report
 from datamodules.preprocess.sources import find_files
 from datamodules.preprocess.staging import PIECE_BYTES
 from datamodules.preprocess.tables import encode
@@ -620,6 +621,30 @@ def run_command(*words: object) -> int:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     return command.run(parser.parse_args([str(word) for word in words]))
+
+
+def test_input_given_twice_names_all_files(tmp_path: Path) -> None:
+    days = [written(tmp_path / f"day_{day}", generated_lines(20)) for day in range(2)]
+    words = ("--dataset", "terabyte", "--protocol", "dlrm", "--input", days[0], "--input", days[1])
+    assert run_command(*words, "--output", tmp_path / "out") == 0
+    found = DatasetSchema.load(tmp_path / "out").report["rows_per_file"]
+    assert [name for name, _ in found] == ["day_0", "day_1"]
+
+
+def test_report_fits_80_columns_and_says_what_it_counts(tmp_path: Path) -> None:
+    raw = written(tmp_path / "train.txt", generated_lines(100))
+    progress = Progress(show=False)
+    schema = preprocess("kaggle", "quantile", [raw], tmp_path / "out", progress=progress)
+    lines = render_report(schema, progress.stages, 79).splitlines()
+    assert max(map(len, lines)) <= 79
+    text = " ".join(" ".join(lines).split())
+    for words in (
+        "label mean: share of the rows with label 1",
+        "missing: share of the rows read without a value; values: different values; kept: values with a row of",
+        "100 rows read, 100 rows written in",
+        "GB of memory (all processes together)",
+    ):
+        assert words in text
 
 
 def test_command_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
