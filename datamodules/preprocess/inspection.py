@@ -239,7 +239,7 @@ def _split_table(facts: Mapping[str, Any], width: int) -> list[str]:
     lines = aligned([header, *body])
     words = ["label mean: share of the rows with label 1"] if "label mean" in lines[0] else []
     if "unknown" in lines[0]:
-        words.append("unknown, rare, missing: shares of the values of all tables (explained below)")
+        words.append("unknown, rare, missing: shares of the values of all tables")
     return lines + filled_below("; ".join(words), width, indent=2)
 
 
@@ -327,7 +327,7 @@ def _reserved_rows(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return which rows of the tables stand for missing, rare and unknown values; a line for tables that agree."""
     names: dict[str, list[str]] = {}
     for column in tables:
-        names.setdefault(_reserved_words(column["reserved"]), []).append(column["name"])
+        names.setdefault(_reserved_words(column["reserved"], column["unknown"] is not None), []).append(column["name"])
     lines = [
         f"{'reserved rows' if len(names) == 1 else f'reserved rows of {_ranges(some)}'}: {words}"
         for words, some in names.items()
@@ -341,7 +341,13 @@ def _reserved_rows(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _reserved_words(reserved: Mapping[str, int]) -> str:
+def _reserved_words(reserved: Mapping[str, int], counted: bool) -> str:
+    """Return which row each kind of values has.
+
+    Args:
+        reserved: the row of each kind.
+        counted: whether the table has a vocabulary, so that values can be unknown.
+    """
     kinds_of: dict[int, list[str]] = {}
     for kind in ("missing", "rare", "unknown"):
         if kind in reserved:
@@ -352,7 +358,7 @@ def _reserved_words(reserved: Mapping[str, int]) -> str:
         else f"{_and(kinds)} values share the last row with the rarest value"
         for row, kinds in kinds_of.items()
     ]
-    return ", ".join(words) or "none"
+    return ", ".join(words) or ("none; unknown values get the last row" if counted else "none")
 
 
 def _and(words: Sequence[str]) -> str:

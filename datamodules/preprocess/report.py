@@ -135,6 +135,8 @@ def _column_lines(schema: DatasetSchema, width: int) -> list[str]:
         for column in schema.columns
         if column.role != "label"
     ]
+    # Nothing is counted of kept columns.
+    body = [row for row in body if any(row[1:])]
     totals = (sum(of_columns.values()) for of_columns in counts)
     last = ("all", "", *(f"{total:,}" if total else "" for total in totals), f"{sum(schema.features.table_rows):,}")
     lines = fitted([header, *body, last], width)

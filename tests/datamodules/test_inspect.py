@@ -231,7 +231,7 @@ def test_the_split_is_said_in_words(
 @pytest.mark.parametrize(
     ("reserved", "words"),
     [
-        ({}, "none"),
+        ({}, "none; unknown values get the last row"),
         ({"missing": 0, "rare": 8, "unknown": 8},
          "row 0 is for missing values, rare and unknown values share the last row with the rarest value"),
         ({"missing": 1, "rare": 1, "unknown": 1}, "row 1 is for missing, rare and unknown values"),
@@ -241,7 +241,7 @@ def test_the_split_is_said_in_words(
     ],
 )  # fmt: skip
 def test_reserved_rows_are_said_in_words(reserved: dict[str, int], words: str) -> None:
-    (first, *_) = inspection._reserved_rows([{"name": "C1", "reserved": reserved}])
+    (first, *_) = inspection._reserved_rows([{"name": "C1", "reserved": reserved, "unknown": 0.0}])
     assert first == f"reserved rows: {words}"
 
 
