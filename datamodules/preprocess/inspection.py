@@ -10,7 +10,7 @@ from datamodules.folder import Folder
 from datamodules.preprocess.leakage import render_equal_rows
 from datamodules.preprocess.progress import format_size
 from datamodules.preprocess.skew import Skew, vocabulary_skew
-from datamodules.preprocess.split_words import split_words
+from datamodules.preprocess.split_words import schema_of_log, split_words
 from datamodules.preprocess.text_tables import filled_below, fitted
 from lightning_dlrm.contracts.documents import parse_json
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, Column, DatasetSchema
@@ -97,8 +97,10 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
 
 def _left_out(schema: DatasetSchema) -> list[str]:
     """Return the columns of a log that its schema leaves out."""
-    of_log = schema.settings.get("schema", {})
-    left = [name for name, column in of_log.get("columns", {}).items() if column["role"] == "leave"]
+    of_log = schema_of_log(schema)
+    columns = of_log.get("columns")
+    named = columns.items() if isinstance(columns, Mapping) else ()
+    left = [name for name, column in named if isinstance(column, Mapping) and column.get("role") == "leave"]
     return [*left, *(["all columns that the schema does not name"] if of_log.get("rest") == "leave" else [])]
 
 
@@ -237,8 +239,9 @@ def _split_table(facts: Mapping[str, Any], width: int) -> list[str]:
         for name, split in facts["splits"].items()
     ]
     lines = aligned([header, *body])
-    words = ["label mean: share of the rows with label 1"] if "label mean" in lines[0] else []
-    if "unknown" in lines[0]:
+    shown = lines[0] if lines else ""
+    words = ["label mean: share of the rows with label 1"] if "label mean" in shown else []
+    if "unknown" in shown:
         words.append("unknown, rare, missing: shares of the values of all tables")
     return lines + filled_below("; ".join(words), width, indent=2)
 

@@ -1,6 +1,7 @@
 """How the rows of a dataset were split, in words for people. Nothing here imports torch."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -8,30 +9,44 @@ from datamodules.log_settings import LogSplit
 from datamodules.preprocess.options import split_of_protocol
 from datamodules.preprocess.protocols import PROTOCOLS
 from datamodules.preprocess.splits import DAYS
+from lightning_dlrm.contracts.documents import parse_settings
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 
 
 def split_words(schema: DatasetSchema) -> str:
     """Describe which rows are training, validation and test rows; empty if ``preprocess`` did not split them."""
+    split: dict[str, Any] = {}
     # Only datasets that are encoded with the vocabulary of another one count unknown values in their report.
     if "unknown" in schema.report:
         return "all rows are test rows, because they are encoded with the vocabulary of another dataset"
-    if "schema" in schema.settings:
-        split = {**_DEFAULTS, **schema.settings["schema"].get("split", {})}
-    elif schema.protocol in PROTOCOLS:
-        split = {**asdict(split_of_protocol(schema.protocol)), **schema.settings}
-        split["days"] = "files" if schema.dataset == "terabyte" else "position"
-    else:
+    if schema.protocol in PROTOCOLS:
+        days = "files" if schema.dataset == "terabyte" else "position"
+        given = {name: schema.settings[name] for name in _OPTIONS if name in schema.settings}
+        split = {**asdict(split_of_protocol(schema.protocol)), "days": days, **given}
+    elif (of_log := schema_of_log(schema).get("split")) is not None:
+        with suppress(UserError):
+            # Checked, because anyone can write a dataset.json.
+            split = asdict(parse_settings(of_log, LogSplit, "split"))
+    if not split:
         return "each split is generated on its own" if schema.protocol in _GENERATED else ""
     files = [str(name) for name, _ in schema.report.get("rows_per_file", ())]
     words = _words(split, files)
-    if (share := split["negative_sampling_rate"]) < 1:
+    share = split["negative_sampling_rate"]
+    if isinstance(share, float) and share < 1:
         words += f"; {_percent(share)} of the training rows with label 0 are kept, drawn from seed {split['seed']}"
     return words
 
 
 _GENERATED = ("demo", "random", "trace")
-_DEFAULTS: Mapping[str, Any] = asdict(LogSplit(by="random"))
+_OPTIONS = ("seed", "negative_sampling_rate")
+"""Settings of a protocol that belong to its split."""
+
+
+def schema_of_log(schema: DatasetSchema) -> Mapping[str, Any]:
+    """Return the schema of the log that a dataset was made of; empty for other datasets."""
+    found = schema.settings.get("schema")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _words(split: Mapping[str, Any], files: Sequence[str]) -> str:

@@ -369,6 +369,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert "label        rating >= 4 (true in 40.0%" in said and "preprocess --schema s.yaml --input log" in said
     kept = Path("s.yaml").read_text()
     assert f"# Inferred from 200 rows (all rows) by: python -m lightning_dlrm {' '.join(command[:3])}" in kept
+    assert "# Needs:  the files after --input" in kept and "# Run:    python -m lightning_dlrm preprocess" in kept
+    assert "# Expect: a dataset of 2 categorical columns, 1 kept column, split by time. Roles are guesses" in kept
+    assert "look at s.yaml first: roles are guesses" in said and "categorical  user, item (ids or names" in said
     assert "names: [user, item, rating, time]" in kept
     for more, message in (
         (["rating >= 4"], "s.yaml exists; edit it, or name a new file"),

@@ -212,6 +212,8 @@ def halves(first: str, second: str) -> str:
         ),
         ("demo", "demo", {}, [], "each split is generated on its own"),
         ("mine", "own", {}, [], ""),
+        ("mine", "schema", {"schema": 5}, [], ""),
+        ("mine", "schema", {"schema": {"split": {"by": "random", "ratios": ["x"]}}}, [], ""),
     ],
 )
 def test_the_split_is_said_in_words(

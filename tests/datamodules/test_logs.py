@@ -433,7 +433,7 @@ def with_line(index: int, line: str) -> bytes:
 
 MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of(LINES, "click,u,pp,t"), {}, r"has no column 'p', which the schema names \(columns: p\); .*did you mean pp"),
-    (log_of(LINES, "click,u,u,t"), {}, "names two columns 'u' in its header; rename"),
+    (log_of(LINES, "click,u,u,t"), {}, "has two columns named 'u'; rename one of them"),
     (log_of(LINES, "0,u1,1,2024-01-01"), {}, r"has no column 'click'.*looks like values \('0', 'u1', .*names: \[...\]"),
     (log_of(LINES, "0,,,5"), {}, r"has no header; its first line looks like values"),
     (log_of(LINES), {"columns": {**FEW["columns"], "t": {"role": "keep", "time": "unix"}}},
@@ -927,7 +927,7 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
             RowEncoder(tmp_path / "data").encode(rows_of_one)  # type: ignore[arg-type]
     spans = new.append_column("span", pa.nulls(len(new), pa.month_day_nano_interval()))
     for wrong, message in (
-        (twice, "names two columns 'user'"),
+        (twice, "has two columns named 'user'"),
         (spans, "cannot be written as Parquet"),
         ([1], "rows is a list"),
     ):

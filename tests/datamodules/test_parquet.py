@@ -317,7 +317,7 @@ def test_what_may_not_be_read_is_one_line(tmp_path: Path, error: OSError, monkey
 
 def test_a_file_in_place_of_a_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
-    with pytest.raises(UserError, match=r"no dataset folder at .*file: expected a folder"):
+    with pytest.raises(UserError, match=r"file is a file; give the dataset folder that holds dataset.json"):
         load_schema(tmp_path / "file")
     with pytest.raises(UserError, match=r"file/a cannot be read \(NotADirectoryError: Not a directory\)"):
         Folder(tmp_path / "file").size("a")
