@@ -29,10 +29,10 @@ def fitted(rows: Sequence[Sequence[str]], width: int, left: Sequence[int] = (0,)
     """Align the cells of a table as ``aligned`` does; if it is too wide, long names take a line above their cells.
 
     >>> for line in fitted([("name", "rows"), ("a_long_name", "12"), ("b", "3")], 14): print(line)
-    name    rows
+    name      rows
     a_long_name
-              12
-    b          3
+                12
+    b            3
 
     Args:
         rows: of cells, the header first; the first cell of a row is its name.
