@@ -17,7 +17,15 @@ _SAMPLES, _TIME = names.SAMPLES, "RelativeTime(Process)"
 _SHARES = (
     names.FORWARD_SHARE, names.BACKWARD_SHARE, names.UPDATE_SHARE, names.LIGHTNING_SHARE, names.DATA_WAIT_SHARE
 )  # fmt: skip
-_UNITS = {"log_loss": "nats per sample", "calibration": "predicted clicks / clicks"}
+_UNITS = {
+    "auc": "AUC, from 0.5 (chance) to 1",
+    "log_loss": "nats per sample",
+    "normalized_entropy": "log loss / log loss of the click rate",
+    "accuracy": "share of the samples, from 0 to 1",
+    "calibration": "predicted clicks / clicks",
+}
+"""Metric -> its unit, as the title of an axis."""
+_SHARE = "share of the time, from 0 to 1"
 
 _WORDS = {
     "comparison": "What compare found: which configuration is better, and how sure that is.",
@@ -25,11 +33,12 @@ _WORDS = {
     "normalized entropy; calibration is best at 1.",
     "training": "Whether training is stable: the loss falls. AUC, log loss and accuracy are of the last "
     f"{names.WINDOW_SAMPLES:,} samples, each scored before its step.",
-    "norms": "Whether a norm grows without bound. Logged by runs with --log_norms true only.",
-    "speed": "Samples per second, and the share of time spent waiting for data. Compare times of runs on equal, idle "
-    "machines only.",
-    "system": "CPU and memory that the runs use.",
-    "GPUs": "GPU time and memory that the runs use. Logged by runs on GPUs only.",
+    "norms": "Whether a norm of gradients or table rows grows without bound. Logged by runs with --log_norms true "
+    "only.",
+    "speed": "Samples per second, and the share of the time spent waiting for data. Compare times of runs on equal, "
+    "idle machines only.",
+    "system": "How much CPU time and memory the process of each run uses.",
+    "GPUs": "How much time and memory of the GPUs each run uses. Logged by runs on GPUs only.",
     "parallel": "What ranks exchange, and how evenly tables and work are spread over them. Logged by runs "
     "on several ranks only, and the load of each rank by comparisons of runs whose tables are sharded.",
 }
@@ -119,39 +128,41 @@ def _panels() -> dict[str, list[Any]]:
             _lines(
                 "training loss, smoothed",
                 names.TRAIN_LOSS,
-                title_y="nats per sample",
+                unit="nats per sample",
                 smoothing_factor=0.9,
                 smoothing_type="exponentialTimeWeighted",
             ),
             *(_metric_lines(names.TRAIN, metric) for metric in names.TRAIN_METRICS),
-            _lines("learning rates", metric_regex=f"{names.LEARNING_RATE}/.*"),
+            _lines("learning rates", unit="learning rate", metric_regex=f"{names.LEARNING_RATE}/.*"),
         ],
         "norms": [
-            _lines("norms of gradients", metric_regex=f"{names.GRADIENT_NORM}/.*"),
-            _lines("mean norms of updated table rows", metric_regex=f"{names.ROW_NORM}/.*"),
-            _lines("mean norms of the gradients of table rows", metric_regex=f"{names.ROW_GRADIENT_NORM}/.*"),
+            _lines("norms of gradients", unit="2-norm", metric_regex=f"{names.GRADIENT_NORM}/.*"),
+            _lines("mean norms of updated table rows", unit="2-norm", metric_regex=f"{names.ROW_NORM}/.*"),
+            _lines(
+                "mean norms of the gradients of table rows", unit="2-norm", metric_regex=f"{names.ROW_GRADIENT_NORM}/.*"
+            ),
         ],
         "speed": [
-            _lines("speed", names.SAMPLES_PER_SECOND, title_y="samples/s"),
-            _lines("share of the time waiting for data", names.DATA_WAIT_SHARE, range_y=(0.0, None)),
-            _lines("shares of the training time", *_SHARES, range_y=(0.0, 1.0)),
-            _lines("validation AUC over time", f"{names.VALIDATION}/auc", x=_TIME, title_y="AUC"),
-            _bars("time of training", names.TRAINING_SECONDS, "s"),
+            _lines("speed", names.SAMPLES_PER_SECOND, unit="samples/s"),
+            _lines("share of the time waiting for data", names.DATA_WAIT_SHARE, unit=_SHARE, range_y=(0.0, None)),
+            _lines("shares of the training time", *_SHARES, unit=_SHARE, range_y=(0.0, 1.0)),
+            _lines("validation AUC over time", f"{names.VALIDATION}/auc", x=_TIME, unit=_UNITS["auc"]),
+            _bars("time of training", names.TRAINING_SECONDS, "seconds"),
             _bars("peak memory", names.in_gib(names.PEAK_MEMORY), "GiB"),
         ],
         "system": [
-            _lines("use of all CPU cores", "system/cpu", x=_TIME, title_y="%"),
-            _lines("memory of the process", "system/proc.memory.rssMB", x=_TIME, title_y="MiB"),
+            _lines("use of all CPU cores", "system/cpu", x=_TIME, unit="%"),
+            _lines("memory of the process", "system/proc.memory.rssMB", x=_TIME, unit="MiB"),
         ],
         "GPUs": [
             _bars("peak GPU memory", names.in_gib(names.PEAK_DEVICE_MEMORY), "GiB"),
-            _lines("use of each GPU", x=_TIME, metric_regex=r"system/gpu\.\d+\.gpu", title_y="%"),
-            _lines("GPU memory", x=_TIME, metric_regex=r"system/gpu\.\d+\.memoryAllocated", title_y="%"),
+            _lines("use of each GPU", x=_TIME, metric_regex=r"system/gpu\.\d+\.gpu", unit="% of the time"),
+            _lines("GPU memory in use", x=_TIME, metric_regex=r"system/gpu\.\d+\.memoryAllocated", unit="% of its memory"),
         ],
         "parallel": [
-            _lines("exchanges of a step", names.EXCHANGE_MS, title_y="ms"),
-            _lines("sent in a step by the busiest rank", names.SENT_MIB, title_y="MiB"),
-            _lines("rows requested from the busiest rank / mean", names.WORK_IMBALANCE),
+            _lines("exchanges of a step", names.EXCHANGE_MS, unit="ms"),
+            _lines("sent in a step by the busiest rank", names.SENT_MIB, unit="MiB"),
+            _lines("rows requested from the busiest rank", names.WORK_IMBALANCE, unit="busiest rank / mean rank"),
             _bars("table rows of the fullest rank", names.ROWS_PER_RANK, "rows"),
             _bars("tables and their state on the fullest rank", names.in_gib(names.BYTES_PER_RANK), "GiB"),
         ],
@@ -173,50 +184,52 @@ def _quality_panels() -> list[Any]:
     return [
         *(_metric_lines(names.VALIDATION, metric) for metric in names.METRICS),
         # From 0.5, the AUC of random predictions: AUCs differ in the second digit.
-        _bars("best validation AUC", best_auc, "AUC", range_x=(0.5, None)),
+        _bars("best validation AUC", best_auc, _UNITS["auc"], range_x=(0.5, None)),
         _curve(
             names.PRECISION_RECALL,
             "wandb/area-under-curve/v0",
             {"x": "recall", "y": "precision", "class": "class"},
+            title="precision and recall, shares from 0 to 1",
+            **{"x-axis-title": "recall", "y-axis-title": "precision"},
         ),
         _curve(
             names.CALIBRATION_CURVE,
             "wandb/lineseries/v0",
             {"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"},
+            title="observed against predicted click rate, shares from 0 to 1",
+            xname="predicted click rate",
         ),
         wr.ScatterPlot(
-            title="best validation AUC against FLOPs per sample", x=wr.Config(names.FLOPS_TRAINING), y=best_auc
+            title="best validation AUC against training FLOPs per sample", x=wr.Config(names.FLOPS_TRAINING), y=best_auc
         ),
     ]
 
 
-def _lines(title: str, *metrics: str, x: str = _SAMPLES, **options: Any) -> Any:
-    axis = "samples trained on" if x == _SAMPLES else "time"
+def _lines(title: str, *metrics: str, unit: str, x: str = _SAMPLES, **options: Any) -> Any:
+    axis = "samples trained on" if x == _SAMPLES else "time since the start of the run"
     if metrics:
         options["y"] = list(metrics)
-    return wr.LinePlot(title=title, x=x, title_x=axis, **options)
+    return wr.LinePlot(title=title, x=x, title_x=axis, title_y=unit, **options)
 
 
 def _metric_lines(stage: str, metric: str) -> Any:
     """Return a plot of a metric during training."""
     title, words = names.title_of(metric), {names.TRAIN: "training"}.get(stage, stage)
-    return _lines(f"{words} {title}", f"{stage}/{metric}", title_y=_UNITS.get(metric, title))
+    return _lines(f"{words} {title}", f"{stage}/{metric}", unit=_UNITS[metric])
 
 
 def _bars(title: str, metric: Any, unit: str, **options: Any) -> Any:
     return wr.BarPlot(title=title, metrics=[metric], title_x=unit, **options)
 
 
-def _curve(name: str, chart: str, fields: dict[str, str]) -> Any:
-    """Return the plot of all runs of a curve that ``WandbExtras`` logs."""
+def _curve(name: str, chart: str, fields: dict[str, str], *, title: str, **axes: str) -> Any:
+    """Return the plot of all runs of a curve that ``WandbExtras`` logs; ``axes`` are titles of the chart's axes."""
     key = f"{names.VALIDATION}/{name}"
     return wr.CustomChart(
         query={"id": {}, "name": {}, "summaryTable": {"tableKey": f"Custom Chart Tables/{key}_table"}},
         chart_name=chart,
         chart_fields=fields,
-        chart_strings={
-            "title": f"{names.VALIDATION}: {name.replace('_', ' and ' if name == names.PRECISION_RECALL else ' ')}"
-        },
+        chart_strings={"title": f"{names.VALIDATION}: {title}", **axes},
     )
 
 

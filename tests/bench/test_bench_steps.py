@@ -11,7 +11,7 @@ import torch
 
 from datamodules.generate.random import RandomSettings, generate_random
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.bench import fit, peer, roofline
+from lightning_dlrm.bench import figures, fit, peer, roofline
 from lightning_dlrm.bench.breakdown import OTHER, ROWS, by_kind, by_part, mark, marked_parts, profile_steps
 from lightning_dlrm.bench.contenders import (
     OurStep,
@@ -188,13 +188,22 @@ def test_time_of_the_tables_counts_for_rows(kernels: str) -> None:
     assert kinds[ROWS] > 0.1 * sum(kinds.values()), kinds
 
 
-def test_the_papers_benchmark_draws_operators_and_roofline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_papers_benchmark_draws_operators_and_roofline(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = [roofline.MachineRates({"32-true": 1.65e9}, 8e9)]
+    # Measured once: text and figure have the same rates.
+    monkeypatch.setattr(roofline, "measure_rates", lambda *args: rates.pop())
+    drawn: list[roofline.MachineRates] = []
+    monkeypatch.setattr(figures, "draw_roofline", lambda *args: (drawn.append(args[1]), draw_roofline(*args)))
     options = ["--max-rows", "50", "--batch-size", "16", "--batches", "4", "--rounds", "2"]
     files = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "figure.png")]
     assert main(["bench", "paper", *options, *files]) == 0
+    assert not rates and str(drawn[0]).endswith("1.65 GFLOP/s in 32-true, 8 GB/s")
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["work"] for row in rows} == {"paper"} and set(rows[0]) >= FIELDS
     output = capsys.readouterr().out
+    assert output.count("GB/s") == 1 and str(drawn[0]) in " ".join(output.split())
     assert all(word in output for word in [*OPERATORS, *roofline.PARTS, "bound by", "FLOP/byte"])
     tables = output[output.index("\n\n") :].partition("figures:")
     assert max(map(len, [*tables[0].splitlines(), *tables[2].splitlines()[1:]])) <= 80

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb_workspaces.reports.v2 as wr
 
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking import names, panels
 from lightning_dlrm.tracking.dashboard import Dashboard
 from lightning_dlrm.tracking.panels import build_report, build_workspace
 
@@ -50,6 +51,19 @@ def test_the_workspace_shows_the_runs_of_the_group_over_samples() -> None:
     assert all(len(panels[0]["value"]) > 30 for panels in panels.values())
     drawn = [metric for panel in panels["quality"] for metric in panel.get("metrics", [])]
     assert drawn[: len(names.METRICS)] == [f"validation/{metric}" for metric in names.METRICS]
+
+
+def test_every_panel_names_its_unit() -> None:
+    """On its axis, or in the title of panels whose axes W&B names itself."""
+    for section, drawn in panels.panels_of(Dashboard(project="p")).items():
+        for panel in drawn:
+            if isinstance(panel, wr.LinePlot):
+                assert panel.title_x and panel.title_y, (section, panel.title)
+            elif isinstance(panel, wr.BarPlot):
+                assert panel.title_x, (section, panel.title)
+            else:
+                title = panel.chart_strings["title"] if isinstance(panel, wr.CustomChart) else panel.title
+                assert re.search("FLOPs per sample|from 0 to 1", title), (section, title)
 
 
 def test_every_metric_that_is_drawn_is_one_that_runs_have() -> None:
