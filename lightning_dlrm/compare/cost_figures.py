@@ -25,9 +25,9 @@ _TABLES_SHOWN = 10
 
 def slower(
     comparison: Comparison, anatomies: Mapping[str, Anatomy], operators: Mapping[str, Mapping[str, float]]
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """Return the configurations whose steps took more than 1.5 times as long in training, in the median of the runs,
-    as alone.
+    as alone; and those whose steps took more than 1.5 times as long alone as in training.
 
     Args:
         comparison: result of the comparison.
@@ -35,12 +35,14 @@ def slower(
         operators: measured configuration -> kind of operator -> milliseconds of a step.
     """
     alone = {arm: sum(kinds.values()) for arm, kinds in operators.items()}
-    return [
-        arm.name
-        for arm in ranked(comparison)
-        if arm.name in alone
-        and 0 < STEADY * alone[arm.name] * arm.median(names.SAMPLES_PER_SECOND) < 1e3 * anatomies[arm.name].batch_size
-    ]
+    in_training, outside = [], []
+    for arm in ranked(comparison):
+        rate = arm.median(names.SAMPLES_PER_SECOND)
+        if arm.name in alone and rate > 0 and alone[arm.name] > 0:
+            ratio = 1e3 * anatomies[arm.name].batch_size / rate / alone[arm.name]
+            in_training += [arm.name] * (ratio > STEADY)
+            outside += [arm.name] * (ratio < 1 / STEADY)
+    return in_training, outside
 
 
 class CostDrawing(Drawing):

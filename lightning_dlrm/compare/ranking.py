@@ -160,25 +160,28 @@ def _undecided_lead(comparison: Comparison, undecided: Sequence[Pair]) -> str:
     level = [pair.loser for pair in undecided if pair.unadjusted == pair.verdict]
     text = f", and not distinguishable from {_listed(level)}." if level else "."
     if excluding:
-        intervals = "an interval" if len(excluding) == 1 else "intervals"
+        leads, intervals = ("lead over", "has an interval") if len(excluding) == 1 else ("leads over", "have intervals")
         verdicts = sum(not pair.single for pair in comparison.pairs)
         seeds = _seeds(comparison).removesuffix(" each")
         text += (
-            f" It leads {_listed(excluding)} by {intervals} above 0, but after adjustment for {verdicts} comparisons "
-            f"{seeds} are too few for a verdict; train more: {_more_seeds(comparison)}."
+            f" Its {leads} {_listed(excluding)} {intervals} above 0, but after adjustment for {verdicts} "
+            f"comparisons {seeds} are too few for a verdict; train more: {_more_seeds(comparison)}."
         )
     return text
 
 
-def _decided(comparison: Comparison, metric: Metric) -> list[str]:
-    """Return which configurations are better than which, by the verdicts under a metric."""
+def _decided(comparison: Comparison, metric: Metric, but: Pair | None = None) -> list[str]:
+    """Return which configurations are better than which, by the verdicts under a metric on all pairs but one."""
     better: dict[str, list[str]] = {}
     for pair in comparison.pairs:
-        if pair.metric == metric and pair.decided:
+        if pair.metric == metric and pair.decided and pair is not but:
             better.setdefault(pair.loser, []).append(pair.winner)
+    losers: dict[tuple[str, ...], list[str]] = {}
+    for loser, winners in better.items():
+        losers.setdefault(tuple(winners), []).append(loser)
     return [
-        f"{_listed(winners)} {'is' if len(winners) == 1 else 'are'} better than {loser}"
-        for loser, winners in better.items()
+        f"{_listed(winners)} {'is' if len(winners) == 1 else 'are'} better than {_listed(of)}"
+        for winners, of in losers.items()
     ]
 
 
@@ -197,14 +200,13 @@ def _by_log_loss(comparison: Comparison, first: Arm, second: Arm) -> str:
     others = [pair_of(comparison, first, arm, "log_loss") for arm in ranked(comparison)[1:]]
     level = [({pair.a, pair.b} - {first.name}).pop() for pair in others if not (pair.decided or pair.single)]
     said = [f"{first.name} is not distinguishable from {_listed(level)}"] if level else []
-    decided = _decided(comparison, "log_loss")
+    decided = _decided(comparison, "log_loss", near)
     if near.decided:
         interval = near.interval
         lower = distance(Interval(value=-interval.value, low=-interval.high, high=-interval.low))
         too = " too" * (near.winner == first.name)
         than = f" than {near.loser}" * (len(comparison.arms) > 2)
         said.insert(0, f"{near.winner} is better{than}{too}, lower by {lower}")
-        decided = [sentence for sentence in decided if sentence != f"{near.winner} is better than {near.loser}"]
     return f"By log loss {'; '.join([*said, *decided])}."
 
 

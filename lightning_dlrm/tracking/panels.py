@@ -157,7 +157,9 @@ def _panels() -> dict[str, list[Any]]:
         "GPUs": [
             _bars("peak GPU memory", names.in_gib(names.PEAK_DEVICE_MEMORY), "GiB"),
             _lines("use of each GPU", x=_TIME, metric_regex=r"system/gpu\.\d+\.gpu", unit="% of the time"),
-            _lines("GPU memory in use", x=_TIME, metric_regex=r"system/gpu\.\d+\.memoryAllocated", unit="% of its memory"),
+            _lines(
+                "GPU memory in use", x=_TIME, metric_regex=r"system/gpu\.\d+\.memoryAllocated", unit="% of its memory"
+            ),
         ],
         "parallel": [
             _lines("exchanges of a step", names.EXCHANGE_MS, unit="ms"),

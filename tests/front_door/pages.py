@@ -13,7 +13,7 @@ LANGUAGES = {"bash", "python", "yaml", "text"}
 NOT_RUN = "not run: "
 """How the comment before a block that does not run begins; the reason follows."""
 
-LESS_PYTHON = {"train_rows=204_800": "train_rows=16_384", "max_steps=100": "max_steps=8"}
+LESS_PYTHON = {"train_rows=204_800": "train_rows=16_384"}
 LESS_ROWS = {"200000": "4000", "100000": "4000", "40000": "4000", "20000": "4000", "2000": "400"}
 """As typed -> in tests, after ``--rows``."""
 LESS = {
