@@ -583,8 +583,8 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
     head, more = answer(dataclasses.replace(comparison, pairs=pairs))
     assert re.fullmatch(r"No clear winner with 2 seeds each: \w+ has the highest AUC, 0\.\d{4}\.", head)
     assert (
-        "has an interval above 0, but after adjustment for 2 comparisons 2 seeds are too few for a verdict; train more: "
-        "--seeds 1,2,3,4,5."
+        "has an interval above 0, but after adjustment for 2 comparisons 2 seeds are too few for a verdict; "
+        "train more: --seeds 1,2,3,4,5."
     ) in more
     # Networks give the title, each with its version.
     config = copy.deepcopy(dict(runs[2].config))

@@ -14,7 +14,8 @@ import pytest
 import wandb_workspaces.reports.v2 as wr
 
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.tracking import names, panels
+from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking import panels as drawn_panels
 from lightning_dlrm.tracking.dashboard import Dashboard
 from lightning_dlrm.tracking.panels import build_report, build_workspace
 
@@ -55,7 +56,7 @@ def test_the_workspace_shows_the_runs_of_the_group_over_samples() -> None:
 
 def test_every_panel_names_its_unit() -> None:
     """On its axis, or in the title of panels whose axes W&B names itself."""
-    for section, drawn in panels.panels_of(Dashboard(project="p")).items():
+    for section, drawn in drawn_panels.panels_of(Dashboard(project="p")).items():
         for panel in drawn:
             if isinstance(panel, wr.LinePlot):
                 assert panel.title_x and panel.title_y, (section, panel.title)
