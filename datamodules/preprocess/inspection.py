@@ -39,24 +39,14 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
     Raises:
         UserError: a vocabulary is not a readable Parquet file.
     """
-    rows = sum(split.rows for split in schema.splits.values())
     report = parse_json(json.dumps(schema.report), _Report, Folder(folder) / SCHEMA_FILE, "make the dataset again")
-    # Missing values are counted in the rows that were read, of which sampling may drop some.
-    rows_read = sum(count for _, count in report.rows_per_file) or rows
-    missing = report.missing if rows_read else {}
-    skews = {column.name: vocabulary_skew(folder, schema, column) for column in schema.columns}
-    held_out = [name for name in schema.cells if name != "train"]
-
-    def missing_share(name: str) -> float | None:
-        return missing[name] / rows_read if name in missing else _cell_share(schema, name, "missing", schema.cells)
-
     return {
         "folder": str(folder),
         "dataset": schema.dataset,
         "protocol": schema.protocol,
         "settings": dict(schema.settings),
         "fingerprints": {"encoding": schema.encoding_fingerprint, "data": schema.data_fingerprint},
-        "rows": rows,
+        "rows": sum(split.rows for split in schema.splits.values()),
         "bytes": sum(file.bytes for split in schema.splits.values() for file in split.files),
         "table_rows": sum(schema.features.table_rows),
         "split_rule": split_words(schema) or None,
@@ -71,9 +61,28 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
             for name in SPLITS
             if (split := schema.splits.get(name))
         },
-        "columns": [
+        "columns": _columns(folder, schema, report),
+        "optimum": {
+            name: {"auc": optimum.auc, "log_loss": optimum.log_loss} for name, optimum in schema.optimum.items()
+        },
+        "rows_per_file": [list(of_file) for of_file in report.rows_per_file] or None,
+    }
+
+
+def _columns(folder: str | Path | Folder, schema: DatasetSchema, report: _Report) -> list[dict[str, Any]]:
+    """Return the facts of each column; see ``summary``."""
+    # Missing values are counted in the rows that were read, of which sampling may drop some.
+    rows_read = sum(count for _, count in report.rows_per_file)
+    rows_read = rows_read or sum(split.rows for split in schema.splits.values())
+    missing = report.missing if rows_read else {}
+    held_out = [name for name in schema.cells if name != "train"]
+    found = []
+    for column in schema.columns:
+        name, skew = column.name, vocabulary_skew(folder, schema, column)
+        share = missing[name] / rows_read if name in missing else _cell_share(schema, name, "missing", schema.cells)
+        found.append(
             {
-                "name": column.name,
+                "name": name,
                 "role": column.role,
                 "cardinality": column.cardinality,
                 "transform": column.transform,
@@ -82,17 +91,11 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
                 "most_frequent": skew.most_frequent if skew else None,
                 "most_frequent_is": _reserved_kinds(column, skew, share),
                 "ids_for_90": skew.ids_for.get(0.9) if skew else None,
-                "unknown": _cell_share(schema, column.name, "unknown", held_out),
-                "note": _note(schema, column, report.distinct.get(column.name)),
+                "unknown": _cell_share(schema, name, "unknown", held_out),
+                "note": _note(schema, column, report.distinct.get(name)),
             }
-            for column in schema.columns
-            for skew, share in ((skews[column.name], missing_share(column.name)),)
-        ],
-        "optimum": {
-            name: {"auc": optimum.auc, "log_loss": optimum.log_loss} for name, optimum in schema.optimum.items()
-        },
-        "rows_per_file": [list(of_file) for of_file in report.rows_per_file] or None,
-    }
+        )
+    return found
 
 
 def _left_out(schema: DatasetSchema) -> list[str]:

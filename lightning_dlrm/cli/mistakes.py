@@ -75,14 +75,8 @@ def explain(message: str, known: Sequence[str]) -> str:
     named = re.search(r'Parser key "([\w.]+)"', message)
     key = named[1] if named else "value"
     given = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
-    if match := re.search(r"Importing '([\w.]+)' is not allowed", message):
-        return f"{key}: {refusal(match[1])}"
-    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
-        classes = [name for name, _ in inspect.getmembers(sys.modules.get(match[1]), inspect.isclass)]
-        suggestion = nearest(match[2], classes).replace("you mean ", f"you mean {match[1]}.")
-        return f"{key}: there is no {match[1]}.{match[2]}{suggestion}"
-    if match := re.search(r"No module named '([\w.]+)'", message):
-        return f"{key}: there is no module {match[1]}, neither installed nor in the current folder"
+    if explained := _explain_import(key, message):
+        return explained
     # A nested parser has already shortened its message.
     if match := re.search(r"unknown key .*", message):
         found = match[0].removesuffix(_NO_KEYS)
@@ -130,6 +124,19 @@ def explain(message: str, known: Sequence[str]) -> str:
     # The error of a linked setting is in this project's own message.
     line = re.sub(r"Call to compute_fn of link .*? failed: ", "", line)
     return re.sub(r"(?:a )?<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
+
+
+def _explain_import(key: str, message: str) -> str | None:
+    """Return the message about a class that cannot be imported; None if it is about something else."""
+    if match := re.search(r"Importing '([\w.]+)' is not allowed", message):
+        return f"{key}: {refusal(match[1])}"
+    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        classes = [name for name, _ in inspect.getmembers(sys.modules.get(match[1]), inspect.isclass)]
+        suggestion = nearest(match[2], classes).replace("you mean ", f"you mean {match[1]}.")
+        return f"{key}: there is no {match[1]}.{match[2]}{suggestion}"
+    if match := re.search(r"No module named '([\w.]+)'", message):
+        return f"{key}: there is no module {match[1]}, neither installed nor in the current folder"
+    return None
 
 
 def _explain_value(key: str, value: str, message: str) -> str | None:
