@@ -101,10 +101,10 @@ def test_help_has_at_most_98_columns(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("preprocess --input x --max-rows x", "--max-rows is 'x'; expected a whole number"),
-        ("preprocess --input x --negative-sampling-rate x", "--negative-sampling-rate is 'x'; expected a number"),
-        ("preprocess --input x --output", "--output has no value; give it one"),
-        ("preprocess --schema datasets/avazu.yaml --input x --output", "--output has no value"),
+        ("preprocess --input x --max-rows x", "--max-rows is x; expected a whole number"),
+        ("preprocess --input x --negative-sampling-rate x", "--negative-sampling-rate is x; expected a number"),
+        ("preprocess --input x --output", "--output needs a value"),
+        ("preprocess --schema datasets/avazu.yaml --input x --output", "--output needs a value"),
         (
             "preprocess --dataset kaggle --protocol dlrm --input x --output o --max-rows 0",
             "--max-rows is 0, expected at",
