@@ -26,6 +26,18 @@ REMEDY = "restore the file, or make the dataset again"
 _CHECKSUM_BYTES = 1 << 20  # read at a time
 _SIZES_AT_ONCE = 16  # requests in flight: a remote file system takes a while to answer each
 
+_PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+}
+"""Protocol of a URL -> the package that fsspec needs for it."""
+
 
 def is_remote(place: str) -> bool:
     """Return whether a place is a URL rather than a path."""
@@ -45,15 +57,7 @@ def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
     try:
         system, path = fsspec.core.url_to_fs(address)
     except ImportError as error:
-        packages = {
-            "s3": "s3fs",
-            "gs": "gcsfs",
-            "gcs": "gcsfs",
-            "hf": "huggingface_hub",
-            "abfs": "adlfs",
-            "az": "adlfs",
-        }
-        remedy = f"; pip install {packages[kind]}, or give a path" if kind in packages else ""
+        remedy = f"; pip install {_PACKAGES[kind]}, or give a path" if kind in _PACKAGES else ""
         raise UserError(f"{address} needs a package that is not installed: {one_line(error)}{remedy}") from error
     except ValueError as error:
         if kind in fsspec.available_protocols():

@@ -289,8 +289,9 @@ def run(args: argparse.Namespace) -> int:
         UserError: an option is out of range, the output folder holds something else, or its disk cannot hold all.
         SystemExit: on SIGTERM and SIGHUP.
     """
-    settings = {name: f"--{name.replace('_', '-')}" for name in vars(args)} | {"train_rows": "--rows"}
-    with exit_on_signals(), settings_as_options(settings):
+    values = vars(args) | {"train_rows": getattr(args, "rows", None)}
+    options = {name: f"--{name.replace('_', '-')}" for name in vars(args)} | {"train_rows": "--rows"}
+    with exit_on_signals(), settings_as_options(options, values):
         return args.run_kind(args)
 
 

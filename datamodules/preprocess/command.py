@@ -70,7 +70,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--schema": {
             "type": Path,
             "metavar": "FILE.yaml",
-            "help": "of a log: your own, or shipped: datasets/avazu.yaml",
+            "help": "schema of the log: your own, or shipped (datasets/avazu.yaml)",
         },
         "--dataset": {"choices": DATASETS, "help": "Criteo's dataset that the files belong to"},
         # No choices: Options refuses an unknown protocol, as in Python.
@@ -81,7 +81,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--min-count": {
             "type": int,
             "metavar": "N",
-            "help": "values seen fewer than N times share a row",
+            "help": "rarer values share a row (default: the protocol's)",
         },
         "--max-rows": {"type": int, "metavar": "N", "help": "dlrm, mlperf: most rows of a table (default: no limit)"},
         "--bins": {"type": int, "metavar": "N", "help": "quantile: most bins of an integer column (default: 30)"},
@@ -89,13 +89,13 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "type": float,
             "default": 1.0,
             "metavar": "SHARE",
-            "help": "share of the training rows of label 0 that is kept",
+            "help": "share of the training rows of label 0 that is kept (default: all)",
         },
         "--multi-hot": {"choices": ("mlperf",), "help": "terabyte: make the bags of ids of MLPerf DLRM v2"},
         "--multi-hot-distribution": {
             "choices": DISTRIBUTIONS,
             "default": "uniform",
-            "help": "of the ids that are added to a bag (default: %(default)s)",
+            "help": "distribution of the ids added to a bag (default: %(default)s)",
         },
         "--seed": {
             "type": int,
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     names = [name.strip("-").replace("-", "_") for options in _OPTIONS.values() for name in options]
     given = {name: getattr(args, name) for name in names if name != "input"}
     log = given["schema"] = None if args.schema is None else read_log_schema(args.schema)
-    with exit_on_signals(), settings_as_options({name: f"--{name.replace('_', '-')}" for name in names}):
+    with exit_on_signals(), settings_as_options({name: f"--{name.replace('_', '-')}" for name in names}, given):
         try:
             schema = preprocess(inputs=args.input, progress=progress, **given)
         except (KeyboardInterrupt, SystemExit):

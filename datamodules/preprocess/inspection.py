@@ -16,6 +16,8 @@ from lightning_dlrm.contracts.documents import parse_json
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, Column, DatasetSchema
 from lightning_dlrm.contracts.terminal import aligned
 
+_ONE_VALUE = "one value"
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Report:
@@ -89,7 +91,7 @@ def _columns(folder: str | Path | Folder, schema: DatasetSchema, report: _Report
                 "reserved": dict(column.reserved),
                 "missing": share,
                 "most_frequent": skew.most_frequent if skew else None,
-                "most_frequent_is": _reserved_kinds(column, skew, share),
+                "most_frequent_is": _reserved_kinds(column, skew, share, report.distinct.get(name)),
                 "ids_for_90": skew.ids_for.get(0.9) if skew else None,
                 "unknown": _cell_share(schema, name, "unknown", held_out),
                 "note": _note(schema, column, report.distinct.get(name)),
@@ -107,10 +109,17 @@ def _left_out(schema: DatasetSchema) -> list[str]:
     return [*left, *(["all columns that the schema does not name"] if of_log.get("rest") == "leave" else [])]
 
 
-def _reserved_kinds(column: Column, skew: Skew | None, missing: float | None) -> str | None:
-    """Return the values that the most frequent id is reserved for, such as ``missing/rare``; None for a value's own."""
+def _reserved_kinds(column: Column, skew: Skew | None, missing: float | None, values: int | None) -> str | None:
+    """Return the values that the most frequent id is reserved for, such as ``missing/rare``; None for a value's own.
+
+    Args:
+        column: the column.
+        skew: spread of its lookups.
+        missing: share of missing values.
+        values: number of different values.
+    """
     row = None if skew is None else skew.most_frequent_id
-    if row is None or not _is_reserved(row, column.reserved):
+    if row is None or not _is_reserved(row, column.reserved, _has_one_value(column.cardinality, values == 1)):
         return None
     kinds = [kind for kind in ("missing", "rare") if column.reserved.get(kind) == row]
     # Columns without missing values have no row of their own for them.
@@ -118,11 +127,16 @@ def _reserved_kinds(column: Column, skew: Skew | None, missing: float | None) ->
     return "/".join(kinds) or None
 
 
-def _is_reserved(row: int, reserved: Mapping[str, int]) -> bool:
+def _is_reserved(row: int, reserved: Mapping[str, int], has_one_value: bool) -> bool:
     """Return whether a row is for reserved values alone, and not also the last row, which is that of a value."""
     # Without rare values in training, rare values have the last row: see ``trained_ids``.
     is_own = row == reserved.get("unknown") != reserved.get("rare")
-    return is_own or (row <= 1 and row in reserved.values())
+    return is_own or (row <= 1 and row in reserved.values() and not (row == 1 and has_one_value))
+
+
+def _has_one_value(table_rows: int, is_one_value: bool) -> bool:
+    """Return whether a table has one reserved row and one row of a value."""
+    return table_rows == 2 and is_one_value
 
 
 def _cell_share(schema: DatasetSchema, column: str, kind: str, splits: Iterable[str]) -> float | None:
@@ -141,7 +155,7 @@ def _note(schema: DatasetSchema, column: Column, values: int | None) -> str:
         if isinstance(bins, int) and column.transform.startswith("quantile(") and values < bins:
             return f"{values} of at most {bins} bins"
         return ""
-    return "one value" if values else "all missing"
+    return _ONE_VALUE if values else "all missing"
 
 
 def render(facts: Mapping[str, Any], width: int = 0) -> str:
@@ -242,7 +256,7 @@ def _split_table(facts: Mapping[str, Any], width: int) -> list[str]:
         for name, split in facts["splits"].items()
     ]
     lines = aligned([header, *body])
-    shown = lines[0] if lines else ""
+    shown = lines[0]
     words = ["label mean: share of the rows with label 1"] if "label mean" in shown else []
     if "unknown" in shown:
         words.append("unknown, rare, missing: shares of the values of all tables")
@@ -333,7 +347,9 @@ def _reserved_rows(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return which rows of the tables stand for missing, rare and unknown values; a line for tables that agree."""
     names: dict[str, list[str]] = {}
     for column in tables:
-        names.setdefault(_reserved_words(column["reserved"], column["unknown"] is not None), []).append(column["name"])
+        has_one_value = _has_one_value(column["cardinality"], column["note"] == _ONE_VALUE)
+        words = _reserved_words(column["reserved"], column["unknown"] is not None, has_one_value)
+        names.setdefault(words, []).append(column["name"])
     lines = [
         f"{'reserved rows' if len(names) == 1 else f'reserved rows of {_ranges(some)}'}: {words}"
         for words, some in names.items()
@@ -347,12 +363,13 @@ def _reserved_rows(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _reserved_words(reserved: Mapping[str, int], counted: bool) -> str:
+def _reserved_words(reserved: Mapping[str, int], has_vocabulary: bool, has_one_value: bool) -> str:
     """Return which row each kind of values has.
 
     Args:
         reserved: the row of each kind.
-        counted: whether the table has a vocabulary, so that values can be unknown.
+        has_vocabulary: whether the table has a vocabulary, so that values can be unknown.
+        has_one_value: whether the table has one reserved row and one row of a value.
     """
     kinds_of: dict[int, list[str]] = {}
     for kind in ("missing", "rare", "unknown"):
@@ -360,11 +377,11 @@ def _reserved_words(reserved: Mapping[str, int], counted: bool) -> str:
             kinds_of.setdefault(reserved[kind], []).append(kind)
     words = [
         f"row {row} is for {_and(kinds)} values"
-        if _is_reserved(row, reserved)
+        if _is_reserved(row, reserved, has_one_value)
         else f"{_and(kinds)} values share the last row with the rarest value"
         for row, kinds in kinds_of.items()
     ]
-    return ", ".join(words) or ("none; unknown values get the last row" if counted else "none")
+    return ", ".join(words) or ("none; unknown values get the last row" if has_vocabulary else "none")
 
 
 def _and(words: Sequence[str]) -> str:

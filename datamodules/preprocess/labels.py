@@ -103,9 +103,26 @@ def _proposal(column: Facts, named: bool = False) -> str | None:
         return f"{column.name} >= 1"
     if rating and (named or words_of(column.name) & _RATING_WORDS):
         return f"{column.name} >= {math.ceil(_LIKED * max(column.counts))}"
-    if named and column.kind in ("integer", "number"):
-        return f"{column.name} >= {sorted(column.values)[len(column.values) // 2]:g}"
-    return f"{column.name} == {column.counts.most_common(1)[0][0]}" if named and column.kind == "text" else None
+    if named and column.kind in ("integer", "number") and column.distinct > 1:
+        return f"{column.name} >= {_upper_half(column):g}"
+    return _most_frequent(column) if named and column.kind == "text" and column.distinct > 1 else None
+
+
+def _upper_half(column: Facts) -> float:
+    """Return the least value that at most half of the rows reach; else the largest."""
+    ordered = sorted(column.values)
+    half = math.ceil(len(ordered) / 2)
+    firsts = (ordered[n] for n in range(half, len(ordered)) if ordered[n] != ordered[n - 1])
+    return float(next(firsts, ordered[-1]))
+
+
+def _most_frequent(column: Facts) -> str | None:
+    """Return the condition for the most frequent value that a condition can express."""
+    for value, _ in column.counts.most_common():
+        condition = f"{column.name} == {value}"
+        if parse_label(condition, [column.name]) == Label(column=column.name, operator="==", value=value):
+            return condition
+    return None
 
 
 def _stray(column: Facts) -> list[Value]:

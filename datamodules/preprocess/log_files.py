@@ -108,7 +108,7 @@ def _open_reader(source: RawFile, schema: LogSchema, is_new: bool) -> LogReader:
         require(start.removeprefix(_BOM).strip(), f"{source.path} is empty; give files with rows")
         reader = _json_reader(source, schema, start) if form == "jsonl" else _csv_reader(source, schema, start)
     twice = next((name for name in reader.names if reader.names.count(name) > 1), None)
-    found = "has no header" if no_header(reader.names) else f"has two columns named {twice!r}"
+    found = "seems to have no header" if no_header(reader.names) else f"has two columns named {twice!r}"
     remedy = no_header(reader.names) or "; rename one of them"
     require(twice is None, f"{source.path} {found}{remedy}")
     return reader

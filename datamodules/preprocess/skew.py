@@ -55,6 +55,7 @@ class Skew:
     most_frequent: float | None
     """The share of the lookups that go to the most frequent id."""
     most_frequent_id: int | None
+    """The id that most lookups go to; the smallest of them if there are several."""
     ids_for: Mapping[float, int]
     """For each of ``SHARES``, the least number of ids that this share of the lookups goes to."""
     once: float
@@ -68,7 +69,7 @@ def skew_of(column: Column, counts: NDArray[np.int64]) -> Skew:
     """Return the skew of a table.
 
     Args:
-        counts: lookups of each id, [cardinality], in any order; overwritten, as a table may have hundreds of millions.
+        counts: lookups of each id, [cardinality], by id; overwritten, as a table may have hundreds of millions.
     """
     most_frequent_id = int(counts.argmax())
     counts.sort()

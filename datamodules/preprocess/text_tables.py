@@ -18,6 +18,8 @@ def filled_below(words: str, width: int, head: str = "", indent: int | None = No
         head: before the text.
         indent: of further lines, instead of the length of the head.
     """
+    if not words:
+        return []
     below = " " * (len(head) if indent is None else indent)
     text = f"{head}{words}"
     if not width:

@@ -52,7 +52,9 @@ def with_place(message: str, command: str, arguments: Sequence[str]) -> str:
                 return message.replace(option[1], given)
     if not message.startswith("no model is chosen") or command not in EVALUATIONS:
         return message
-    options = dict(itertools.pairwise(" ".join(arguments).replace("=", " ").split()))
+    # Paths may hold spaces.
+    words = itertools.chain.from_iterable(argument.split("=", 1) for argument in arguments)
+    options = dict(itertools.pairwise(words))
     checkpoint = options.get("--ckpt_path")
     if checkpoint is None:
         run = Path("runs/NAME")
@@ -117,7 +119,8 @@ def explain(message: str, known: Sequence[str]) -> str:
     ):
         return f"data: {match[1]}" if match[1].startswith("the following") else f"data.{match[1]}"
     if match := re.search(r"([\w.]+): Expected a <class '[\w.]*Sequence'>\. Got value: (.*)", message):
-        return f"{key}.{match[1]}: {match[2].strip()} is not a list; write {_as_list(match[2].strip())}"
+        value = match[2].strip()
+        return f"{key}.{match[1]}: {value} is not a list; write {_list_of_numbers(value) or f'[{value}]'}"
     if given and (explained := _explain_value(key, given[1].strip(), message)):
         return explained
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
@@ -142,9 +145,13 @@ def _explain_import(key: str, message: str) -> str | None:
 def _explain_value(key: str, value: str, message: str) -> str | None:
     """Return the message about a value of another type; None if it is about something else."""
     if re.search(r"Expected a <class '(?:tuple|list|collections\.abc\.Sequence)'>", message):
-        if "list[int]" in message and not re.search(r"\d", value):
+        if meant := _list_of_numbers(value):
+            return f"{key}: {value} is not a list; write {meant}"
+        if key.endswith("_mlp"):
             return f"{key} is {value}; expected a list of whole numbers such as [512, 256]"
-        return f"{key}: {value} is not a list; write {_as_list(value)}"
+        return f"{key}: {value} is not a list; write [{value}]"
+    if key == "trainer.max_time":
+        return f'{key} is {value}; expected days:hours:minutes:seconds in quotes, such as "00:01:30:00"'
     literals = re.findall(r"typing\.Literal\[(.*?)\]", message)
     allowed = ["true", "false"] if "Expected a <class 'bool'>" in message else []
     allowed += dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
@@ -164,15 +171,14 @@ def _explain_value(key: str, value: str, message: str) -> str | None:
     return None
 
 
-def _as_list(value: str) -> str:
-    """Return what was probably meant as a YAML list.
+def _list_of_numbers(value: str) -> str | None:
+    """Return the YAML list of whole numbers that was probably meant; None if it is unclear.
 
-    >>> _as_list("512-256"), _as_list("512, 256"), _as_list("-1"), _as_list("night")
-    ('[512, 256]', '[512, 256]', '[-1]', '[night]')
+    >>> _list_of_numbers("512-256"), _list_of_numbers("512, 256"), _list_of_numbers("64"), _list_of_numbers("3.5x")
+    ('[512, 256]', '[512, 256]', '[64]', None)
     """
-    numbers = re.findall(r"\d+", value)
-    is_series = len(numbers) > 1 and re.fullmatch(r"\d+(?:[^\w.]+\d+)*", value)
-    return f"[{', '.join(numbers) if is_series else value}]"
+    numbers = value.split(".") if value.count(".") > 1 else re.split(r"[^\w.]+", value)
+    return f"[{', '.join(numbers)}]" if all(number.isdecimal() for number in numbers) else None
 
 
 def _type_words(types: str) -> str:

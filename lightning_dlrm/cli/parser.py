@@ -172,7 +172,7 @@ def build_model_parser(command: str, **options: Any) -> CommandParser:
     # The config.yaml of a run has all options of fit; these do not concern model and data.
     parser.add_argument("--ckpt_path", type=str | None, default=None, help=SUPPRESS)
     parser.add_argument("--weights_only", type=bool | None, default=None, help=SUPPRESS)
-    parser.hide(_OF_RUNS)
+    parser.hide(_RUN_KEYS)
     return parser
 
 
@@ -369,7 +369,7 @@ class ModelAndData:
         return document
 
 
-_OF_RUNS = ("run_dir", "resume", "allow_nonfinite", "stop_at_auc", "log_norms", "published", "checkpoint")
+_RUN_KEYS = ("run_dir", "resume", "allow_nonfinite", "stop_at_auc", "log_norms", "published", "checkpoint")
 """Options of runs that have no effect on commands that build a model and data only."""
 
 
@@ -385,7 +385,7 @@ def refuse_options_of_runs(command: str, arguments: Sequence[str]) -> None:
     for option in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         require(option != "--ckpt_path", f"{command} opens no checkpoint: leave --ckpt_path out")
         require(
-            _first_key(option.removeprefix("--")) not in _OF_RUNS,
+            _first_key(option.removeprefix("--")) not in _RUN_KEYS,
             f"{option} has no effect on {command}, which trains nothing: leave it out",
         )
 

@@ -145,7 +145,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _ranks(settings: Namespace) -> int:
-    """Return the number of ranks: that of ``--ranks``, else of the Trainer; 1 if its devices are not a number.
+    """Return the number of ranks: that of ``--ranks``, else of the Trainer; 1 if its devices are not a number or a
+    list.
 
     Raises:
         UserError: a plan cannot have so many ranks.
@@ -153,7 +154,9 @@ def _ranks(settings: Namespace) -> int:
     if settings.ranks is not None:
         check_ranks(settings.ranks, "--ranks")
         return int(settings.ranks)
-    counts = [str(settings.trainer[name]) for name in ("devices", "num_nodes")]
+    devices, nodes = settings.trainer.devices, settings.trainer.num_nodes
+    listed = devices.split(",") if isinstance(devices, str) and "," in devices else devices
+    counts = [str(len(listed) if isinstance(listed, list) else devices), str(nodes)]
     if not all(count.isdecimal() and int(count) >= 1 for count in counts):
         return 1
     ranks = math.prod(map(int, counts))

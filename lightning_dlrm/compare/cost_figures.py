@@ -1,7 +1,7 @@
 """Figures of what the configurations of a comparison cost: time, memory, parameters, operators, load of each rank."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,11 +23,19 @@ from lightning_dlrm.tracking import names
 _TABLES_SHOWN = 10
 
 
-def slower(
+class Disturbed(NamedTuple):
+    """Configurations whose steps were disturbed by other work on the machine."""
+
+    in_training: list[str]
+    """Steps took more than 1.5 times as long in training, in the median of the runs, as alone."""
+    alone: list[str]
+    """Steps took more than 1.5 times as long alone as in training."""
+
+
+def disturbed(
     comparison: Comparison, anatomies: Mapping[str, Anatomy], operators: Mapping[str, Mapping[str, float]]
-) -> tuple[list[str], list[str]]:
-    """Return the configurations whose steps took more than 1.5 times as long in training, in the median of the runs,
-    as alone; and those whose steps took more than 1.5 times as long alone as in training.
+) -> Disturbed:
+    """Return the configurations whose steps were disturbed, in training or when they were measured alone.
 
     Args:
         comparison: result of the comparison.
@@ -35,14 +43,16 @@ def slower(
         operators: measured configuration -> kind of operator -> milliseconds of a step.
     """
     alone = {arm: sum(kinds.values()) for arm, kinds in operators.items()}
-    in_training, outside = [], []
+    found = Disturbed([], [])
     for arm in ranked(comparison):
         rate = arm.median(names.SAMPLES_PER_SECOND)
         if arm.name in alone and rate > 0 and alone[arm.name] > 0:
             ratio = 1e3 * anatomies[arm.name].batch_size / rate / alone[arm.name]
-            in_training += [arm.name] * (ratio > STEADY)
-            outside += [arm.name] * (ratio < 1 / STEADY)
-    return in_training, outside
+            if ratio > STEADY:
+                found.in_training.append(arm.name)
+            elif ratio < 1 / STEADY:
+                found.alone.append(arm.name)
+    return found
 
 
 class CostDrawing(Drawing):

@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from lightning_dlrm.compare.anatomy import Anatomy
-from lightning_dlrm.compare.cost_figures import CostDrawing, slower
+from lightning_dlrm.compare.cost_figures import CostDrawing, disturbed
 from lightning_dlrm.compare.drawing import SETTINGS, Drawing, Picture
 from lightning_dlrm.compare.ranking import is_figure5
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
@@ -57,7 +57,7 @@ def draw_all(
             pictures += [drawing.figure5(), drawing.curves("log_loss")]
             pictures += [
                 drawing.calibration(),
-                costs.cost(not slower(comparison, anatomies, operators)),
+                costs.cost(not disturbed(comparison, anatomies, operators).in_training),
                 costs.parameters(anatomies),
             ]
             if operators:

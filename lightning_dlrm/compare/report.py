@@ -10,7 +10,7 @@ import numpy as np
 from lightning_dlrm.bench.breakdown import KINDS
 from lightning_dlrm.cli.report import rounded
 from lightning_dlrm.compare.anatomy import Anatomy
-from lightning_dlrm.compare.cost_figures import slower
+from lightning_dlrm.compare.cost_figures import disturbed
 from lightning_dlrm.compare.drawing import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.experiment import PlannedArm
 from lightning_dlrm.compare.ranking import answer, behind, distances, pair_of, ranked, with_spread
@@ -60,7 +60,7 @@ def write_report(
         optimum=names.OPTIMUM_AUC,
         scores=_summary(comparison),
         costs=_costs(comparison, anatomies, alone),
-        slower=slower(comparison, anatomies, operators or {}),
+        disturbed=disturbed(comparison, anatomies, operators or {}),
         pictures={name: [found for found in pictures if found.name == name] for name in names.COMPARISON_FIGURES},
         page_width=PAGE_WIDTH,
         operator_notes=operator_notes,

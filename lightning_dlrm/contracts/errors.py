@@ -77,17 +77,20 @@ def require(condition: object, message: str) -> None:
 
 
 @contextmanager
-def settings_as_options(options: Mapping[str, str]) -> Iterator[None]:
-    """Name the option that a user typed in a UserError that begins with the name of a setting.
+def settings_as_options(options: Mapping[str, str], values: Mapping[str, object]) -> Iterator[None]:
+    """Name the option that a user typed in a UserError that begins with the name and the value of a setting.
 
     Args:
         options: for each setting its option.
+        values: the values of the settings; a message about something else of the same name, such as a file, has
+            another value.
     """
     try:
         yield
     except UserError as error:
-        found = re.match(r"(?:[\w ]+: )?(\w+)(?= is )", str(error))
-        if found is None or found[1] not in options:
+        found = re.match(r"(?:[\w ]+: )?(\w+)(?= is ([^,;]+)[,;])", str(error))
+        value = None if found is None else values.get(found[1])
+        if found is None or found[1] not in options or found[2] not in (str(value), repr(value)):
             raise
         raise UserError(f"{options[found[1]]}{str(error)[found.end() :]}") from error
 

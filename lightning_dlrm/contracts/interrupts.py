@@ -1,4 +1,4 @@
-"""Orderly termination by SIGTERM and SIGHUP."""
+"""Orderly termination by SIGTERM and SIGHUP, and restoration of the handler of SIGINT."""
 
 import signal
 import threading
@@ -42,4 +42,6 @@ def exit_on_signals() -> Iterator[list[int]]:
         yield received
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # A handler that was not set from Python is unknown.
+            if handler is not None:
+                signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -214,7 +215,7 @@ class StopAtAUC(pl.Callback):
 class StopOnSignal(pl.Callback):
     """Callback that ends a command after SIGTERM or SIGUSR1, on all ranks after the same batch.
 
-    With several ranks it does so after SIGINT too.
+    With several ranks, SIGINT ends it in the same way.
 
     A fit is saved first: at the end of the optimizer step or, if a validation is due there, at the checkpoint before
     it. Lightning ends a fit on SIGTERM without saving it. With several ranks its handler broadcasts, which blocks if
@@ -231,6 +232,7 @@ class StopOnSignal(pl.Callback):
     def __init__(self, checkpoints: RunCheckpoints | None) -> None:
         self._checkpoints = checkpoints
         self._received = 0
+        self._is_first_rank = False
         self.agreed = 0
         """The signal on which all ranks end; 0 for none."""
 
@@ -240,8 +242,11 @@ class StopOnSignal(pl.Callback):
             self._received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self._is_first_rank:
+                os.write(2, b"\nall ranks end after one of the next steps; Ctrl-C again ends at once\n")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._is_first_rank = trainer.is_global_zero
         if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
             return
         # Lightning has set its handler by now, and restores the handler of before at the end.

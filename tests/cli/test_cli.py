@@ -412,6 +412,7 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
             "error: model.network.bottom_mlp: 512-256 is not a list; write [512, 256]",
         ),
         (["fit", "--config", "dlrm.yaml", "--model.network.top_mlp", "64"], "top_mlp: 64 is not a list; write [64]"),
+        (["fit", "--config", "dlrm.yaml", "--model.network.top_mlp", "3.5"], "top_mlp is 3.5; expected a list of"),
         (["fit", "--config", "dlrm.yaml", "--model.network.embedding_dim", "0"], "embedding_dim is 0; expected 1 or"),
         (["fit", "--config", "dlrm.yaml", "--model.averaging", "3"], "averaging is 3; expected keys with values, whi"),
         (["fit", "--config", "dlrm.yaml", "--config"], "error: --config needs a value"),

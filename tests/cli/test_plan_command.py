@@ -17,6 +17,8 @@ SMALL = ["plan", "--config", "dlrm.yaml", "--data.demo.max_table_rows", "20"]
         ("", "1 rank; row i is looked up in proportion to (i + 1)^-1"),
         ("--trainer.devices 2 --trainer.num_nodes 3 --skew 1.05", "6 ranks; row i is looked up in pro"),
         ("--trainer.devices 2 --ranks 3 --skew 0", "3 ranks; all rows of a table are looked up equally often"),
+        ("--trainer.devices [0,1]", "2 ranks; row i"),
+        ("--trainer.devices 0,1,2", "3 ranks; row i"),
         ("--trainer.devices auto", "1 rank; row i"),
         ("--trainer.devices -1 --skew 1.5", "1 rank; row i is looked up in proportion to (i + 1)^-1.5"),
         ("--device-memory 1GiB", "1 device with 1GiB; row i"),

@@ -116,6 +116,10 @@ def test_help_has_at_most_98_columns(
         ("generate demo --validation-rows -1 --output d", "--validation-rows is -1; give at least 100"),
         ("generate log --form shop --rows 0 --output d", "--rows is 0; give at least 10"),
         ("generate log --form shop --rows 10 --output file", "file is a file; name a folder for the files of the log"),
+        (
+            "generate log --form shop --rows 100 --output rows",
+            "error: rows is a file; name a folder for the files of the log",
+        ),
         ("inspect file", "file is a file; give the dataset folder that holds dataset.json"),
     ],
 )
@@ -124,11 +128,12 @@ def test_errors_name_the_option_as_it_was_typed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
+    Path("rows").touch()
     Path("datasets").mkdir()
     assert main(words.split()) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and message in error, error
-    assert sorted(path.name for path in Path().iterdir()) == ["datasets", "file"]
+    assert sorted(path.name for path in Path().iterdir()) == ["datasets", "file", "rows"]
 
 
 def test_empty_names_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ from lightning_dlrm.compare import anatomy as anatomies
 from lightning_dlrm.compare import command as comparing
 from lightning_dlrm.compare import processes, report
 from lightning_dlrm.compare.anatomy import anatomy, breakdown
-from lightning_dlrm.compare.cost_figures import slower
+from lightning_dlrm.compare.cost_figures import disturbed
 from lightning_dlrm.compare.drawing import PAGE_WIDTH
 from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
 from lightning_dlrm.compare.figures import draw_all
@@ -607,9 +607,9 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
     steps = {row[0]: row[titles.index("step in training, ms")] for row in rows}
     assert steps == {"DLRM": "2,000", "DCN": "2,000 to 3,333"}
     of_steps = {name: {"matrix products": time} for name, time in alone.items()}
-    assert slower(comparison, found_parts, of_steps) == (["DLRM"], [])
+    assert disturbed(comparison, found_parts, of_steps) == (["DLRM"], [])
     on_a_busy_machine = {name: {"matrix products": 5 * time} for name, time in alone.items()}
-    assert sorted(slower(comparison, found_parts, on_a_busy_machine)[1]) == ["DCN", "DLRM"]
+    assert sorted(disturbed(comparison, found_parts, on_a_busy_machine).alone) == ["DCN", "DLRM"]
     found = {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
     title = "training, s (not comparable)"
     assert found["DLRM"][title] == "1.00 to 25.0" and found["DLRM"]["samples/s (not comparable)"] == "100"
@@ -620,6 +620,27 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
     draw_all(comparison, found_parts, {}, Path("figures"))
     labels = {name: [axes.get_xlabel() for axes in figure.axes] for name, figure in drawn.items()}
     assert not any("second" in label for name in ("auc", "log_loss", "cost") for label in labels[name])
+
+
+@pytest.mark.parametrize(("milliseconds", "greys"), [(100.0, 2), (2000.0, 0), (9000.0, 0)])
+def test_times_are_grey_if_training_was_disturbed(
+    milliseconds: float, greys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm in plain_arms() for seed in (1, 2)]
+    samples = shared_samples(runs, "test")
+    scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
+    comparison = compare(arms_of(runs), scores, title="t", split="test")
+    parts = {arm.name: anatomy(arm.runs[0]) for arm in comparison.arms}
+    # A step in training takes 2,000 ms.
+    operators = {name: dict.fromkeys(anatomies.KINDS, 0.0) | {"matrix products": milliseconds} for name in parts}
+    drawn: dict[str, Figure] = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.stem: figure}))
+    draw_all(comparison, parts, operators, Path("figures"))
+    bars = {axes.get_xlabel(): axes.patches for axes in drawn["cost"].axes}
+    found = {
+        label: sum(bar.get_facecolor()[:3] == (0.7, 0.7, 0.7) for bar in of_panel) for label, of_panel in bars.items()
+    }
+    assert found == {"seconds of training": greys, "samples/s": greys, "peak memory of the process, GiB": 0}
 
 
 def test_a_sharded_run_shows_what_each_rank_held() -> None:

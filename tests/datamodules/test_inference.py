@@ -253,6 +253,8 @@ MISTAKES: list[tuple[str | bytes, str | None, str]] = [
     ("y,a\n1,x\n0,z\n", "yy", r"no column 'yy'; did you mean y\? The columns are y, a"),
     ("y,a\nja,x\nnein,z\n", "y", r"holds ja \(50.0%\), nein .*such as --label 'y == ja'"),
     ("y,a\nja,x\nnein,z\n", "y >= 3", r"'(ja|nein)' is not a number, so compare it by == or !="),
+    ("y,a\n" + "0,x\n" * 700 + "".join(f"{n},z\n" for n in range(1, 301)), "y", r" such as --label 'y >= 1'"),
+    ("y,a\n" + "".join(f"{n},z\n" for n in range(100)), "y", r" such as --label 'y >= 50'"),
     ("y,a\n1,x\n-1,z\n", "y", r"expected 0 and 1, .* such as --label 'y == 1'"),
     ("y,a\n" + "1,x\n0,z\n" * N + "2,x\n", "y", r"correct the rows with 2, or give a .* such as --label 'y >= 1'"),
     ("y,a\n1,x\n0,z\n", "y = 1", r"label 'y = 1': a condition needs ==, .* or <: write 'y == 1'"),

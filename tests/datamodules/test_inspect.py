@@ -231,19 +231,22 @@ def test_the_split_is_said_in_words(
 
 
 @pytest.mark.parametrize(
-    ("reserved", "words"),
+    ("reserved", "words", "rows", "note"),
     [
-        ({}, "none; unknown values get the last row"),
+        ({}, "none; unknown values get the last row", 9, ""),
         ({"missing": 0, "rare": 8, "unknown": 8},
-         "row 0 is for missing values, rare and unknown values share the last row with the rarest value"),
-        ({"missing": 1, "rare": 1, "unknown": 1}, "row 1 is for missing, rare and unknown values"),
-        ({"rare": 0, "unknown": 0}, "row 0 is for rare and unknown values"),
+         "row 0 is for missing values, rare and unknown values share the last row with the rarest value", 9, ""),
+        ({"missing": 1, "rare": 1, "unknown": 1}, "row 1 is for missing, rare and unknown values", 9, ""),
+        ({"missing": 1, "rare": 1, "unknown": 1},
+         "missing, rare and unknown values share the last row with the rarest value", 2, "one value"),
+        ({"rare": 0, "unknown": 0}, "row 0 is for rare and unknown values", 9, ""),
         ({"missing": 0, "rare": 1, "unknown": 2},
-         "row 0 is for missing values, row 1 is for rare values, row 2 is for unknown values"),
+         "row 0 is for missing values, row 1 is for rare values, row 2 is for unknown values", 9, ""),
     ],
 )  # fmt: skip
-def test_reserved_rows_are_said_in_words(reserved: dict[str, int], words: str) -> None:
-    (first, *_) = inspection._reserved_rows([{"name": "C1", "reserved": reserved, "unknown": 0.0}])
+def test_reserved_rows_are_said_in_words(reserved: dict[str, int], words: str, rows: int, note: str) -> None:
+    column = {"name": "C1", "reserved": reserved, "unknown": 0.0, "cardinality": rows, "note": note}
+    (first, *_) = inspection._reserved_rows([column])
     assert first == f"reserved rows: {words}"
 
 

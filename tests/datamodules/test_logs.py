@@ -435,7 +435,7 @@ MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of(LINES, "click,u,pp,t"), {}, r"has no column 'p', which the schema names \(columns: p\); .*did you mean pp"),
     (log_of(LINES, "click,u,u,t"), {}, "has two columns named 'u'; rename one of them"),
     (log_of(LINES, "0,u1,1,2024-01-01"), {}, r"has no column 'click'.*looks like values \('0', 'u1', .*names: \[...\]"),
-    (log_of(LINES, "0,,,5"), {}, r"has no header; its first line looks like values"),
+    (log_of(LINES, "0,,,5"), {}, r"seems to have no header; its first line looks like values"),
     (log_of(LINES), {"columns": {**FEW["columns"], "t": {"role": "keep", "time": "unix"}}},
      r"t is '2024-.*expected seconds since 1970, because its time is unix; set 'time: iso' for this column"),
     (with_line(3, "1,u1,1,1700000000"), {"columns": {**FEW["columns"], "t": {"role": "keep", "time": "iso"}}},
