@@ -256,7 +256,8 @@ def _split_table(facts: Mapping[str, Any], width: int) -> list[str]:
         for name, split in facts["splits"].items()
     ]
     lines = aligned([header, *body])
-    shown = lines[0]
+    # Without splits all cells are empty, and there are no lines.
+    shown = lines[0] if lines else ""
     words = ["label mean: share of the rows with label 1"] if "label mean" in shown else []
     if "unknown" in shown:
         words.append("unknown, rare, missing: shares of the values of all tables")

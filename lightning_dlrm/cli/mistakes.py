@@ -147,7 +147,7 @@ def _explain_value(key: str, value: str, message: str) -> str | None:
     if re.search(r"Expected a <class '(?:tuple|list|collections\.abc\.Sequence)'>", message):
         if meant := _list_of_numbers(value):
             return f"{key}: {value} is not a list; write {meant}"
-        if key.endswith("_mlp"):
+        if "list[int]" in message or key.endswith("_mlp"):
             return f"{key} is {value}; expected a list of whole numbers such as [512, 256]"
         return f"{key}: {value} is not a list; write [{value}]"
     if key == "trainer.max_time":
