@@ -64,7 +64,9 @@ def test_training_run(path: Path) -> None:
         optimizer.step()
     close("losses", torch.stack(losses), arrays["losses"], rtol=1e-5)
     close("total_losses", torch.stack(totals), arrays["total_losses"], rtol=1e-5)
-    close("grad_norms", torch.stack(norms), arrays["grad_norms"], rtol=1e-5)
+    # Logits of saturated cases reach 3e9: changing them by 6e-8 of their value, a rounding of float32, moves a norm by
+    # 7e-5 of its value.
+    close("grad_norms", torch.stack(norms), arrays["grad_norms"], rtol=2e-4 if case.meta["saturates"] else 1e-5)
     close("first_probability", probabilities[0], arrays["first_probability"], atol=1e-6)
     close("last_probability", probabilities[-1], arrays["last_probability"], atol=1e-5)
     by_noise = 3e-5 if case.meta["net_regularizer"] else case.meta["optimizer"]["lr"] * case.meta["steps"]
