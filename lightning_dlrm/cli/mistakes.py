@@ -13,13 +13,11 @@ from jsonargparse import ArgumentParser
 from lightning_dlrm.cli.classes import OFFERED_CLASSES, PRECISIONS
 from lightning_dlrm.cli.configs import file_with_key
 from lightning_dlrm.cli.plain_parser import long_form, words_of_fault
+from lightning_dlrm.cli.short_help import EVALUATIONS
 from lightning_dlrm.cli.trust import refusal
 from lightning_dlrm.contracts.errors import listed, nearest, nearest_first
 from lightning_dlrm.tables.embeddings import TableSettings
 from lightning_dlrm.tracking.run_folder import CONFIG
-
-EVALUATIONS = ("validate", "test", "predict")
-"""Commands that open a checkpoint."""
 
 _PUBLISHED = "a list of metric, value and source, such as [{metric: auc, value: 0.8, source: a paper}]"
 _NO_KEYS = ", as there are no keys here"

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from lightning_dlrm.cli.configs import resolve_config_arguments
 from lightning_dlrm.cli.help_text import HelpFormatter, only_settings, readable_help
-from lightning_dlrm.cli.mistakes import EVALUATIONS, classes_of, explain, known_keys, with_place
-from lightning_dlrm.cli.short_help import SHORT_HELP, TRUST_HELP
+from lightning_dlrm.cli.mistakes import classes_of, explain, known_keys, with_place
+from lightning_dlrm.cli.short_help import EVALUATIONS, SHORT_HELP, TRUST_HELP
 from lightning_dlrm.cli.trust import admit_arguments, check_values
 from lightning_dlrm.contracts.errors import UserError, place_in_own_code, require
 from lightning_dlrm.contracts.terminal import wrapped

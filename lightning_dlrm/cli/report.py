@@ -279,9 +279,9 @@ def prediction_report(model: str, split: str | None, rows: int, schema: DatasetS
         schema: schema of the data.
         file: file with the probabilities.
     """
-    of = {None: "", "all": " of all splits"}.get(split, f" of the {split} split")
+    of_split = {None: "", "all": " of all splits"}.get(split, f" of the {split} split")
     return wrapped(
-        [f"{model}, {data_words(schema)}", f"probabilities of {counted(rows, 'row')}{of}: {shown_path(file)}"]
+        [f"{model}, {data_words(schema)}", f"probabilities of {counted(rows, 'row')}{of_split}: {shown_path(file)}"]
     )
 
 

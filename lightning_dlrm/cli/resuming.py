@@ -9,8 +9,8 @@ from jsonargparse import Namespace
 
 from lightning_dlrm.cli.job import Job
 from lightning_dlrm.cli.launchers import is_requeued, run_of_requeued_job
-from lightning_dlrm.cli.mistakes import EVALUATIONS
 from lightning_dlrm.cli.parser import CommandParser
+from lightning_dlrm.cli.short_help import EVALUATIONS
 from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.checkpointing import newest_checkpoint, whole_checkpoints

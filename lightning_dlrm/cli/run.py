@@ -31,7 +31,6 @@ from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.job import Job
 from lightning_dlrm.cli.launchers import check_started_processes, requeue, slurm_job, slurm_plugins
 from lightning_dlrm.cli.loggers import check_api_key, finish_loggers, make_loggers, wandb_address
-from lightning_dlrm.cli.mistakes import EVALUATIONS
 from lightning_dlrm.cli.parser import CommandParser, build_trainer_parser, configure_logging, fill_data_seed, parse
 from lightning_dlrm.cli.predictions import PredictionWriter
 from lightning_dlrm.cli.report import (
@@ -52,6 +51,7 @@ from lightning_dlrm.cli.resuming import (
     log_how_to_resume,
     resume_requeued_job,
 )
+from lightning_dlrm.cli.short_help import EVALUATIONS
 from lightning_dlrm.cli.trainer_settings import (
     as_list,
     check_early_stopping_after_validation,

@@ -1,6 +1,9 @@
 """``--help`` of the commands that read configurations: one screen, without loading torch. ``--help.all`` lists every
 option."""
 
+EVALUATIONS = ("validate", "test", "predict")
+"""Commands that open a checkpoint."""
+
 TRUST_HELP = (
     "let configurations name classes and functions of this module; may be repeated; has an effect on the command line "
     "only"

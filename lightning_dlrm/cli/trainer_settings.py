@@ -110,10 +110,11 @@ def _check_numbers(trainer: Mapping[str, Any]) -> None:
         value = trainer[name]
         if not isinstance(value, (int, float)):
             continue
-        least = "above 0" if name == "val_check_interval" else "0 or more"
+        may_be_zero = name != "val_check_interval"
         require(
-            (value > 0 or (value == 0 and least != "above 0")) and (isinstance(value, int) or value <= 1),
-            f"trainer.{name} is {value}; expected a number of batches, {least}, or a share of them, at most 1.0",
+            (value > 0 or (value == 0 and may_be_zero)) and (isinstance(value, int) or value <= 1),
+            f"trainer.{name} is {value}; expected a number of batches, {'0 or more' if may_be_zero else 'above 0'}, or "
+            "a share of them, at most 1.0",
         )
     time = trainer["max_time"]
     require(

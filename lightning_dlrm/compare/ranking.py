@@ -170,11 +170,11 @@ def _undecided_lead(comparison: Comparison, undecided: Sequence[Pair]) -> str:
     return text
 
 
-def _decided(comparison: Comparison, metric: Metric, but: Pair | None = None) -> list[str]:
+def _decided(comparison: Comparison, metric: Metric, except_pair: Pair | None = None) -> list[str]:
     """Return which configurations are better than which, by the verdicts under a metric on all pairs but one."""
     better: dict[str, list[str]] = {}
     for pair in comparison.pairs:
-        if pair.metric == metric and pair.decided and pair is not but:
+        if pair.metric == metric and pair.decided and pair is not except_pair:
             better.setdefault(pair.loser, []).append(pair.winner)
     losers: dict[tuple[str, ...], list[str]] = {}
     for loser, winners in better.items():

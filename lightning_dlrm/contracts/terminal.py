@@ -11,7 +11,8 @@ from typing import TextIO
 
 BOLD, RED = "1", "1;31"
 
-_COMMAND = re.compile(r"\b(?:python -m|wandb sync) ")
+_COMMAND = re.compile(r"(?<!')\b(?:python -m|wandb sync) ")
+"""The beginning of a command to copy; one in quotes is a part of its sentence."""
 _WORD = re.compile(r"""(?:--[\w.-]+ (?=[^\s-]))?(?:[^\s'"]|'[^']*'|"[^"]*"|['"])+""")
 """A word of a command, or an option and its value; a quote without its end is a character."""
 

@@ -1,5 +1,6 @@
 """Callbacks that end a fit: with a validation, at a target score, or on a signal."""
 
+import contextlib
 import logging
 import math
 import os
@@ -243,7 +244,9 @@ class StopOnSignal(pl.Callback):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if self._is_first_rank:
-                os.write(2, b"\nall ranks end after one of the next steps; Ctrl-C again ends at once\n")
+                # Standard error may be a pipe or a terminal that is gone.
+                with contextlib.suppress(OSError):
+                    os.write(2, b"\nall ranks end after one of the next steps; Ctrl-C again ends at once\n")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._is_first_rank = trainer.is_global_zero

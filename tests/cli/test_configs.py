@@ -148,6 +148,16 @@ def test_an_overlay_without_a_model_is_one_line_that_says_so(capsys: pytest.Capt
     assert "needs a model's YAML before it" in error and len(error.strip().splitlines()) == 1
 
 
+def test_a_time_that_yaml_reads_as_a_number_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    overlay = tmp_path / "time.yaml"
+    overlay.write_text("trainer:\n  max_time: 1:00:00:00\n")
+    assert main(["fit", "--config", "dlrm.yaml", "--config", str(overlay)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        'trainer.max_time is 216000; expected days:hours:minutes:seconds in quotes, such as "00:01:30:00"'
+    )
+
+
 def test_kernels_of_an_earlier_release_become_auto() -> None:
     new, notes = update_options(["--model.kernels", "fbgemm"])
     assert new == ["--model.kernels=auto"] and "fbgemm of model.kernels was removed: auto is used" in notes[0]

@@ -54,6 +54,10 @@ def test_commands_begin_a_line_and_keep_their_words(columns_80: None) -> None:
         begin = next(i for i, line in enumerate(shown) if line.lstrip().startswith(("python -m", "wandb sync")))
         assert " ".join(line.removesuffix("\\").strip() for line in shown[begin:]) == command
         assert all(line.endswith(" \\") for line in shown[begin:-1])
+    # A command in quotes stays in its sentence.
+    sentence = "error: no folder at x: make one with 'python -m lightning_dlrm preprocess', or with 'python -m x demo'"
+    shown = wrapped([sentence], Terminal()).splitlines()
+    assert len(shown) == 2 and " ".join(line.strip() for line in shown) == sentence
     # Words that are quoted stay words.
     shown = wrapped([f"python -m x {quoted} {'--option value ' * 8}"], Terminal())
     assert shlex.split(shown)[2:7] == ["x", "--run_dir", "it's here/run", "--x", 'a "b" c']
