@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import signal
 
 # Test processes share the cores: a thread that waits must not spin. OpenMP reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -17,6 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         # This process starts those that run the tests.
         return
+    # A shell that starts the tests in the background has SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Looking for garbage among a million new objects takes a tenth of the collection.
     gc.disable()
     import torch

@@ -40,17 +40,15 @@ def log_squared(values: np.ndarray) -> np.ndarray:
 
 
 def log_squared_bins(values: np.ndarray) -> np.ndarray:
-    """Return floor(log(x)^2) of values above 2, other values unchanged.
+    """Return ``log_squared`` of values as ids of bins, within the range of int32.
 
     Args:
-        values: int32 [n], or float64 [n] of a log, without their fraction and within the range of int32.
+        values: int32 [n], or float64 [n] of a log.
 
     Returns:
         uint32 [n], negative values in two's complement.
     """
-    values = np.clip(values, -(2**31), 2**31 - 1).astype(np.int32)
-    large = np.square(np.log(np.maximum(values, 2).astype(np.float64))).astype(np.int32)
-    return np.where(values > 2, large, values).view(np.uint32)
+    return np.clip(log_squared(values.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32).view(np.uint32)
 
 
 def quantile_edges(passes: Callable[[], Iterable[np.ndarray]], bins: int) -> list[float]:

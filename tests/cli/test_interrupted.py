@@ -64,15 +64,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_signal_loses_nothing(
     moment: str, sent: signal.Signals, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # A shell that starts the tests in the background has SIGINT ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "lightning_dlrm"):
-            patch_call(patch, *MOMENTS[moment], lambda: os.kill(os.getpid(), sent))
-            with pytest.raises(SystemExit) as ended:
-                main([*SHORT, "--run_dir", "run"])
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "lightning_dlrm"):
+        patch_call(patch, *MOMENTS[moment], lambda: os.kill(os.getpid(), sent))
+        with pytest.raises(SystemExit) as ended:
+            main([*SHORT, "--run_dir", "run"])
     assert ended.value.code == SIGNALS[sent]
     told = [record.getMessage() for record in caplog.records if "interrupted at step" in record.getMessage()]
     assert len(told) == 1, told

@@ -31,6 +31,7 @@ from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.quotes import find_quoted, line_ends
 from datamodules.preprocess.sources import find_files
 from datamodules.preprocess.splits import SplitRule
+from datamodules.preprocess.transforms import log_squared_bins
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 
@@ -240,6 +241,14 @@ def as_csv(rows: Sequence[Row], separator: str = ",") -> str:
         values = [int(row["click"]), row["user"] or "", row["price"], *joined, day, row["fold"]]
         writer.writerow(["" if value is None else value for value in values])
     return out.getvalue()
+
+
+def test_bins_of_decimals_are_those_of_their_logarithms() -> None:
+    values = [5.87, 6.0, 2.5, 2.0, 1.99, 0.15, -0.0, -0.5, -3.7, 1e9, -1e9]
+    assert log_squared_bins(np.array(values)).tolist() == [plain_bin(value, None) for value in values]
+    whole = np.array([-7, 0, 2, 3, 5, 2**31 - 1, -(2**31)], np.int32)
+    assert log_squared_bins(whole).tolist() == [plain_bin(int(value), None) for value in whole]
+    assert log_squared_bins(np.array([1e300, -1e300])).tolist() == [plain_bin(1e300, None), 2**31]
 
 
 @settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
