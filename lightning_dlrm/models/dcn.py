@@ -1,7 +1,7 @@
 """DCN: Deep & Cross Network (Wang et al. 2017, arXiv:1708.05123; v2: Wang et al. 2021, arXiv:2008.13535).
 
-Shape suffixes: B samples, d features, r rank, E experts. The initial weights of cross networks are Xavier normal, their
-initial biases are zero.
+Shape suffixes: B samples, d features, L layers, r rank, E experts. The initial weights of cross networks are Xavier
+normal, their initial biases are zero.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,12 @@ from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.fields import DenseVectors, LinearTerms, join_fields
+from lightning_dlrm.models.fused import missing_columns
 from lightning_dlrm.models.layers import MLP, initialize
 from lightning_dlrm.models.network import CTRNetwork, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
@@ -92,8 +94,18 @@ class MatrixCross(CrossNetwork):
         self.weight = nn.Parameter(torch.empty(layers, features, features))
         self.bias = nn.Parameter(torch.zeros(layers, features))
 
-    def cross(self, layer: int, x0_Bd: Tensor, x_Bd: Tensor) -> Tensor:
-        return torch.addcmul(x_Bd, x0_Bd, nn.functional.linear(x_Bd, self.weight[layer], self.bias[layer]))
+    def forward(self, x0_Bd: Tensor) -> Tensor:
+        """Return the crosses of the input: [B, d] -> [B, d]."""
+        # Columns of zeros align the rows, and stay zero.
+        extra = missing_columns(self.features)
+        weight_Ldd, bias_Ld, x_Bd = self.weight, self.bias, x0_Bd
+        if extra:
+            weight_Ldd = functional.pad(weight_Ldd, (0, extra, 0, extra))
+            bias_Ld, x_Bd = functional.pad(bias_Ld, (0, extra)), functional.pad(x_Bd, (0, extra))
+        start_Bd = x_Bd
+        for weight_dd, bias_d in zip(weight_Ldd, bias_Ld, strict=True):
+            x_Bd = torch.addcmul(x_Bd, start_Bd, functional.linear(x_Bd, weight_dd, bias_d))
+        return x_Bd[:, : self.features]
 
     def initial_variances(self) -> dict[str, float]:
         return {"weight": 1 / self.features, "bias": 0.0}
@@ -119,8 +131,8 @@ class LowRankCross(CrossNetwork):
         self.bias = nn.Parameter(torch.zeros(layers, features))
 
     def cross(self, layer: int, x0_Bd: Tensor, x_Bd: Tensor) -> Tensor:
-        projected_Br = nn.functional.linear(x_Bd, self.down[layer])
-        return torch.addcmul(x_Bd, x0_Bd, nn.functional.linear(projected_Br, self.up[layer], self.bias[layer]))
+        projected_Br = functional.linear(x_Bd, self.down[layer])
+        return torch.addcmul(x_Bd, x0_Bd, functional.linear(projected_Br, self.up[layer], self.bias[layer]))
 
     def initial_variances(self) -> dict[str, float]:
         variance = 2 / (self.features + self.up.shape[2])

@@ -21,6 +21,9 @@ _NATIVE_ELEMENTS = 2**14
 """Elements of a gradient from which on a kernel in C pays for its call."""
 _NARROW_INPUT = 32
 """Width of a layer's input below which the BLAS takes half the time for the transposed gradient of its weights."""
+_ALIGNED_WIDTH = 8
+"""If the width of a matrix is not a multiple of this, its rows are not aligned, and its products can take 1.5 times as
+long."""
 
 
 def fusible_layers(modules: Iterable[nn.Module], x_Bd: Tensor) -> list[tuple[nn.Linear, bool]] | None:
@@ -55,6 +58,11 @@ def fusible_layers(modules: Iterable[nn.Module], x_Bd: Tensor) -> list[tuple[nn.
         else:
             return None
     return layers or None
+
+
+def missing_columns(width: int) -> int:
+    """Return the number of columns of zeros that align the rows of a matrix; 0 for a narrow matrix."""
+    return 0 if width < _NARROW_INPUT else -width % _ALIGNED_WIDTH
 
 
 def fused_mlp(
@@ -102,14 +110,16 @@ class _FusedMLP(torch.autograd.Function):
         ctx.autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if ctx.autocast_dtype is not None:
             x_Bd, parameters = x_Bd.to(ctx.autocast_dtype), tuple(p.to(ctx.autocast_dtype) for p in parameters)
-        weights, biases = parameters[: len(relus)], parameters[len(relus) :]
-        activations = [x_Bd]
+        weights, biases = [_aligned(weight) for weight in parameters[: len(relus)]], parameters[len(relus) :]
+        activations: list[Tensor] = []
         for weight, bias, relu in zip(weights, biases, relus, strict=True):
-            y_Bd = functional.linear(activations[-1], weight, bias)
-            activations.append(_relu(y_Bd, by_native) if relu else y_Bd)
+            activations.append(_aligned(x_Bd))
+            x_Bd = functional.linear(activations[-1], weight, bias)
+            if relu:
+                x_Bd = _relu(x_Bd, by_native)
         ctx.relus, ctx.by_native = relus, by_native
-        ctx.save_for_backward(*inputs, *activations, *weights)
-        return activations[-1]
+        ctx.save_for_backward(*inputs, *activations, x_Bd, *weights)
+        return x_Bd
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,15 +131,16 @@ class _FusedMLP(torch.autograd.Function):
         grad_weights: list[Tensor] = []
         grad_biases: list[Tensor] = []
         for layer in reversed(range(layers)):
-            x_Bd, transposed_dB = activations[layer], None
+            x_Bd, transposed_dB, width = activations[layer], None, inputs[1 + layer].shape[1]
             if not ctx.relus[layer]:
                 grad_bias = grad_Bd.sum(0, dtype=dtype)
             else:
                 if grad_Bd is grads[0]:
                     # The next operations are in place, and the caller may hold this tensor.
                     grad_Bd = grad_Bd.clone(memory_format=torch.contiguous_format)
+                result_Bd = _columns(activations[layer + 1], grad_Bd.shape[1])
                 grad_bias, transposed_dB = _differentiate_relu(
-                    grad_Bd, activations[layer + 1], ctx.by_native, _is_faster_transposed(x_Bd, grad_Bd)
+                    grad_Bd, result_Bd, ctx.by_native, _is_faster_transposed(x_Bd, grad_Bd)
                 )
             grad_biases.append(grad_bias.to(dtype))
             if transposed_dB is not None:
@@ -138,9 +149,9 @@ class _FusedMLP(torch.autograd.Function):
                 grad_weight = (x_Bd.t() @ grad_Bd).t().contiguous()
             else:
                 grad_weight = grad_Bd.t() @ x_Bd
-            grad_weights.append(grad_weight.to(dtype))
+            grad_weights.append(_columns(grad_weight, width).to(dtype))
             if layer or ctx.needs_input_grad[0]:
-                grad_Bd = functional.linear(grad_Bd, weights[layer].t())
+                grad_Bd = _columns(functional.linear(grad_Bd, weights[layer].t()), width)
         grad_input = grad_Bd.to(inputs[0].dtype) if ctx.needs_input_grad[0] else None
         return grad_input, None, None, *reversed(grad_weights), *reversed(grad_biases)
 
@@ -208,6 +219,17 @@ class _PairProducts(torch.autograd.Function):
         else:
             diagonal.zero_()
         return torch.bmm(grad_BVV, vectors_BVD), grad_Bn[:, : ctx.beside], None, None, None
+
+
+def _aligned(values_nd: Tensor) -> Tensor:
+    """Return the values, with ``missing_columns`` of zeros."""
+    missing = missing_columns(values_nd.shape[1])
+    return functional.pad(values_nd, (0, missing)) if missing else values_nd
+
+
+def _columns(values_nd: Tensor, width: int) -> Tensor:
+    """Return the first columns, contiguous."""
+    return values_nd if values_nd.shape[1] == width else values_nd[:, :width].contiguous()
 
 
 def _is_faster_transposed(x_Bd: Tensor, grad_Bd: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_dlrm.contracts import gradient as row_gradient
 from lightning_dlrm.kernels import compiled
 from lightning_dlrm.models import fused
+from lightning_dlrm.models.dcn import MatrixCross
 from lightning_dlrm.models.layers import MLP, DotInteraction
 from lightning_dlrm.optim import rules
 from lightning_dlrm.optim.optimizer import CTROptimizer
@@ -34,7 +35,8 @@ def test_dense_layers_equal_autograd(
     # So that both kernels take part.
     monkeypatch.setattr(fused, "_LARGE_PRODUCT", min(fused._LARGE_PRODUCT, 300 * 64))
     torch.manual_seed(1)
-    layers = MLP([37, 64, 11, 1], linear_output=linear_output).to(dtype)
+    # Widths 37 and 45 are not aligned.
+    layers = MLP([37, 64, 45, 1], linear_output=linear_output).to(dtype)
     x = torch.randn(rows, 37, dtype=dtype, requires_grad=True)
     ours, plain = layers(x), nn.Sequential.forward(layers, x)
     torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
@@ -42,6 +44,20 @@ def test_dense_layers_equal_autograd(
     for found, expected in zip(gradients(ours, inputs), gradients(plain, inputs), strict=True):
         assert found.is_contiguous()
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("width", [5, 37, 40])
+def test_matrix_crosses_equal_their_equation(width: int) -> None:
+    torch.manual_seed(1)
+    layers = MatrixCross(width, 2).double()
+    nn.init.normal_(layers.weight)
+    nn.init.normal_(layers.bias)
+    start = torch.randn(6, width, dtype=torch.float64, requires_grad=True)
+    plain = start
+    for weight, bias in zip(layers.weight, layers.bias, strict=True):
+        plain = start * (plain @ weight.t() + bias) + plain
+    ours, inputs = layers(start), [start, layers.weight, layers.bias]
+    torch.testing.assert_close([ours, *gradients(ours, inputs)], [plain, *gradients(plain, inputs)])
 
 
 def test_dense_layers_under_autocast_cast_as_torch_does() -> None:
