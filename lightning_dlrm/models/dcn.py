@@ -98,13 +98,14 @@ class MatrixCross(CrossNetwork):
         """Return the crosses of the input: [B, d] -> [B, d]."""
         # Columns of zeros align the rows, and stay zero.
         extra = missing_columns(self.features)
-        weight_Ldd, bias_Ld, x_Bd = self.weight, self.bias, x0_Bd
+        weight_Ldd: Tensor = self.weight
+        bias_Ld: Tensor = self.bias
         if extra:
             weight_Ldd = functional.pad(weight_Ldd, (0, extra, 0, extra))
-            bias_Ld, x_Bd = functional.pad(bias_Ld, (0, extra)), functional.pad(x_Bd, (0, extra))
-        start_Bd = x_Bd
+            bias_Ld, x0_Bd = functional.pad(bias_Ld, (0, extra)), functional.pad(x0_Bd, (0, extra))
+        x_Bd = x0_Bd
         for weight_dd, bias_d in zip(weight_Ldd, bias_Ld, strict=True):
-            x_Bd = torch.addcmul(x_Bd, start_Bd, functional.linear(x_Bd, weight_dd, bias_d))
+            x_Bd = torch.addcmul(x_Bd, x0_Bd, functional.linear(x_Bd, weight_dd, bias_d))
         return x_Bd[:, : self.features]
 
     def initial_variances(self) -> dict[str, float]:
