@@ -120,8 +120,10 @@ def distance(interval: Interval, digits: int | None = None) -> str:
 
 
 def _digits(interval: Interval) -> int:
-    reach = interval.high - interval.value
-    return min(max(1 - math.floor(math.log10(reach)), 3), 5) if reach > 0 else 5
+    reach, value = interval.high - interval.value, abs(interval.value)
+    # A difference that is small against its interval has a digit that is not 0.
+    certain = [1 - math.floor(math.log10(reach)) if reach > 0 else 5, -math.floor(math.log10(value)) if value else 0]
+    return min(max(*certain, 3), 5)
 
 
 def answer(comparison: Comparison) -> tuple[str, str]:

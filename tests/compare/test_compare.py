@@ -42,10 +42,11 @@ from lightning_dlrm.compare.drawing import PAGE_WIDTH
 from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
 from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, trained_samples
-from lightning_dlrm.compare.ranking import answer, is_figure5, title_of
+from lightning_dlrm.compare.ranking import answer, distance, is_figure5, title_of
 from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import Arm, arms_of, data_differences, format_value, read_run, settings_of
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_samples
+from lightning_dlrm.compare.statistics import Interval
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column
 from lightning_dlrm.objectives.metrics import exact_auc
@@ -557,6 +558,20 @@ def test_runs_are_grouped_by_configuration_whatever_their_seed() -> None:
 def test_a_setting_of_0_is_a_number_in_tables() -> None:
     values = [0, 0.0, None, False, True, [512, 256], "models.DLRM"]
     assert [format_value(value) for value in values] == ["0", "0.0", "-", "-", "True", "512-256", "DLRM"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "shown"),
+    [
+        ((0.0215, 0.0167, 0.0262), "0.0215 (0.0167 to 0.0262)"),
+        ((0.00046, -0.01524, 0.01614), "0.0005 (-0.0152 to 0.0161)"),
+        ((0.0, -0.01524, 0.01524), "0.000 (-0.015 to 0.015)"),
+        ((1e-9, -0.01524, 0.01524), "0.00000 (-0.01524 to 0.01524)"),
+    ],
+)
+def test_a_difference_has_a_digit_that_is_not_0(interval: tuple[float, float, float], shown: str) -> None:
+    value, low, high = interval
+    assert distance(Interval(value=value, low=low, high=high)) == shown
 
 
 def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
