@@ -87,10 +87,16 @@ def as_made(name: str, text: str) -> str:
     return made
 
 
+def plain_image(text: str) -> str:
+    """Return text with the image of each HTML picture, which site.css replaces by its narrow form on a phone."""
+    return re.sub(r'<picture>.*?<img src="(.*?)" alt="(.*?)">.*?</picture>', r"![\2](\1)", text, flags=re.DOTALL)
+
+
 def complete_page(app: Any, page: str, source: list[str]) -> None:
     """Change a page as the site has it."""
     change = {
-        "docs/index": add_navigation,
+        "README": plain_image,
+        "docs/index": lambda text: add_navigation(plain_image(text)),
         "docs/api": add_docstrings,
         "docs/commands": lambda text: as_made("commands.md", text),
         "docs/configuration": lambda text: as_made("configuration.md", text),

@@ -71,7 +71,8 @@ def anchors_of(text: str) -> set[str]:
 
 def links_of(text: str) -> list[str]:
     """Return the targets of a document's links and images."""
-    return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose_of(text)))
+    prose = re.sub(r"`[^`\n]*`", "", prose_of(text))
+    return [*re.findall(r"\]\(([^)\s]+)\)", prose), *re.findall(r' src(?:set)?="([^"]+)"', prose)]
 
 
 def smaller(words: list[str]) -> list[str]:
