@@ -10,7 +10,13 @@ from datamodules.preprocess.options import DISTRIBUTIONS, OnBadRow
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import DATASETS, PROTOCOLS
-from datamodules.preprocess.report import fit_command, one_label_warnings, render_report, threshold_warnings
+from datamodules.preprocess.report import (
+    fit_command,
+    large_number_warnings,
+    one_label_warnings,
+    render_report,
+    threshold_warnings,
+)
 from lightning_dlrm.contracts.errors import require, settings_as_options
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.terminal import command_after, command_line, line_width, wrapped
@@ -166,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
             raise
     if progress.stages:
         print(render_report(schema, progress.stages, line_width(sys.stdout)))
-    for warning in (*one_label_warnings(schema), *threshold_warnings(schema)):
+    for warning in (*one_label_warnings(schema), *threshold_warnings(schema), *large_number_warnings(schema)):
         print(wrapped([f"warning: {warning}"], sys.stderr), file=sys.stderr)
     if args.vocabulary is None:
         is_small = schema.splits["train"].rows < _SMALL_LOG

@@ -3,10 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datamodules.preprocess.encoding import Encoding
+from datamodules.preprocess.encoding import Encoding, Part
 from datamodules.preprocess.recipe import Recipe
 from datamodules.preprocess.table_encoding import Fitted, Table
-from lightning_dlrm.contracts.schema import CRITEO_LABEL, Column, DatasetSchema
+from datamodules.preprocess.transforms import sum_of_sizes
+from lightning_dlrm.contracts.schema import CRITEO_LABEL, LARGE_NUMBERS, Column, DatasetSchema, SplitName
+
+_LARGE = 5.0
+"""Root mean square from which on numbers are large. The validation AUC of DCN on 40,000 rows with a dense column of
+root mean square 4, 6, 13 and 38 was 0.81, 0.78, 0.70 and 0.61."""
 
 
 def columns_of_dataset(
@@ -53,8 +58,9 @@ def report_of(
     counted: Mapping[str, Mapping[str, Any]],
     cells: Mapping[str, Mapping[str, Mapping[str, int]]],
     bad_rows: int,
+    sizes: Sequence[Mapping[str, tuple[int, float, float]]],
 ) -> dict[str, Any]:
-    """Return the report of the schema: rows of each file, missing and distinct values, unknown and bad rows.
+    """Return the report of the schema: rows of each file, counts of values and bad rows, and large numbers.
 
     Args:
         recipe: of the dataset.
@@ -63,8 +69,10 @@ def report_of(
         counted: for each table the result of ``count_column`` or ``look_up_column``.
         cells: of the schema.
         bad_rows: rows that were skipped.
+        sizes: of each part file.
     """
     tables = [table.name for table in recipe.tables(Fitted())]
+    large = large_numbers(sizes) if recipe.encoding_of is None else {}
     return {
         "rows_per_file": rows_per_file,
         "missing": {
@@ -77,7 +85,29 @@ def report_of(
             else {"unknown": {name: cells["test"][name]["unknown"] for name in tables}}
         ),
         **({"bad_rows": bad_rows} if recipe.on_bad_row == "skip" else {}),
+        **({LARGE_NUMBERS: large} if large else {}),
     }
+
+
+def cells_of(parts: Sequence[tuple[SplitName, Part]]) -> dict[str, dict[str, dict[str, int]]]:
+    """Return ``cells`` of the schema: the sums over the part files of each split."""
+    cells: dict[str, dict[str, dict[str, int]]] = {}
+    for split, part in parts:
+        for name, counts in part.cells.items():
+            of_table = cells.setdefault(split, {}).setdefault(name, dict.fromkeys(counts, 0))
+            for kind, rows in counts.items():
+                of_table[kind] += rows
+    return cells
+
+
+def large_numbers(sizes: Sequence[Mapping[str, tuple[int, float, float]]]) -> dict[str, float]:
+    """Return the dense columns with large numbers, each with its largest absolute value."""
+    found = {}
+    for name in dict.fromkeys(name for of_part in sizes for name in of_part):
+        count, squares, largest = sum_of_sizes(of_part[name] for of_part in sizes)
+        if squares > count * _LARGE**2:
+            found[name] = largest
+    return found
 
 
 def kept_types(facts: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from datamodules.preprocess.recipe import Recipe
 from datamodules.preprocess.splits import SplitRule
 from datamodules.preprocess.staging import OpenSegment, StagedRows, load_segments, rows_of
 from datamodules.preprocess.table_encoding import PLACEHOLDER_IDS, Fitted, Table, hash_modulo
+from datamodules.preprocess.transforms import size_of, sum_of_sizes
 from datamodules.values import staged_name
 from datamodules.writer import ROW_GROUP_ROWS, ROWS_PER_FILE, SplitWriter, arrow_table
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, SPLITS, Column, DataFile, SplitName
@@ -184,17 +185,26 @@ def part_jobs(encoding: Encoding, columns: tuple[Column, ...], rows: np.ndarray)
             yield PartJob(encoding=encoding, columns=columns, split=split, part=part, pieces=tuple(pieces))
 
 
-def encode_part(job: PartJob) -> tuple[DataFile, int | None, dict[str, dict[str, int]]]:
-    """Write one part file.
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a part file holds."""
 
-    Returns:
-        The file; its rows with label 1, None of rows without labels; and for each table its rows of each of
-        ``PLACEHOLDER_IDS``.
-    """
+    file: DataFile
+    positives: int | None
+    """Rows with label 1; None of rows without labels."""
+    cells: Mapping[str, Mapping[str, int]]
+    """For each table the rows of each of ``PLACEHOLDER_IDS``."""
+    sizes: Mapping[str, tuple[int, float, float]]
+    """For each column of ``Recipe.unscaled`` the ``size_of`` its values."""
+
+
+def encode_part(job: PartJob) -> Part:
+    """Write one part file."""
     encoding = job.encoding
     if (facts := recorded(job.record_path)) is None:
         segments = load_segments(encoding.segments)
         cells = {table.name: dict.fromkeys(PLACEHOLDER_IDS, 0) for table in encoding.tables}
+        sizes = dict.fromkeys(encoding.recipe.unscaled, (0, 0.0, 0.0))
         with scratch_folder(encoding, job.record_path.name) as scratch, ExitStack() as stack:
             writer = SplitWriter(scratch, job.split, job.columns, job.part, encoding.recipe.dense_dictionaries)
             stack.callback(writer.abandon)
@@ -206,16 +216,18 @@ def encode_part(job: PartJob) -> tuple[DataFile, int | None, dict[str, dict[str,
                         if isinstance(rows, slice)
                         else rows[skip : skip + take]
                     )
-                    writer.append(arrow_table(job.columns, _encoded(job, opened, number, rows, cells)))
+                    arrays = _encoded(job, opened, number, rows, cells)
+                    sizes = {name: sum_of_sizes([size, size_of(arrays[name])]) for name, size in sizes.items()}
+                    writer.append(arrow_table(job.columns, arrays))
             split = writer.close()
             (file,) = split.files
             place = encoding.result / file.path
             place.parent.mkdir(parents=True, exist_ok=True)
             (scratch / file.path).replace(place)
-        facts = {"file": asdict(file), "positives": split.positives, "cells": cells}
+        facts = {"file": asdict(file), "positives": split.positives, "cells": cells, "sizes": sizes}
         record(job.record_path, facts, (place,), {place: file.sha256})
     file = DataFile(**{**facts["file"], "row_groups": tuple(facts["file"]["row_groups"])})
-    return file, facts["positives"], facts["cells"]
+    return Part(**{**facts, "file": file})
 
 
 def _encoded(

@@ -34,8 +34,8 @@ import pyarrow as pa
 
 from datamodules.folder import Folder
 from datamodules.preprocess.counting import count_column, fit_column, look_up_column
-from datamodules.preprocess.description import bag_sizes, columns_of_dataset, kept_types, report_of
-from datamodules.preprocess.encoding import Encoding, encode_part, part_jobs, rows_per_split
+from datamodules.preprocess.description import bag_sizes, cells_of, columns_of_dataset, kept_types, report_of
+from datamodules.preprocess.encoding import Encoding, Part, encode_part, part_jobs, rows_per_split
 from datamodules.preprocess.journal import (
     discard_damaged,
     find_records,
@@ -67,7 +67,6 @@ from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import (
     SPLITS,
     Column,
-    DataFile,
     DatasetSchema,
     Split,
     SplitName,
@@ -75,7 +74,7 @@ from lightning_dlrm.contracts.schema import (
 
 BAD_ROWS_FILE = "bad_rows.tsv"
 
-VERSION = 5
+VERSION = 6
 """Incremented if the same input would give other bytes, so that no run resumes with files of another release."""
 
 _SEGMENTS_A_JOB = 64
@@ -210,7 +209,8 @@ class Job:
             encoding = replace(encoding, fitted=self._fit(pool, encoding, staged))
         counted = self._count(pool, encoding, staged)
         columns = columns_of_dataset(encoding, self.known, self.labelled, counted, kept_types(staged.facts))
-        splits, cells = self._encode(pool, encoding, columns, staged)
+        splits, parts = self._encode(pool, encoding, columns, staged)
+        cells = cells_of(parts)
         result = encoding.result
         if recipe.on_bad_row == "skip":
             _write_bad_rows(result / BAD_ROWS_FILE, staged.bad_rows)
@@ -230,6 +230,7 @@ class Job:
                 counted,
                 cells,
                 len(staged.bad_rows),
+                [part.sizes for _, part in parts],
             ),
         )
         generated = any(_is_generated(file) for file in self.files)
@@ -290,7 +291,7 @@ class Job:
                     shown.advance(staged.all_rows / len(fits))
         return Fitted(**found)
 
-    def _check_splits(self, files: Mapping[SplitName, list[DataFile]], positives: Mapping[SplitName, int]) -> None:
+    def _check_splits(self, made: Mapping[str, Split]) -> None:
         """Check that each split has rows, and, if the user gave a schema, rows of both labels.
 
         Raises:
@@ -302,16 +303,16 @@ class Job:
         for split in self.recipe.wanted_splits():
             sampled = split == "train" and schema.split.negative_sampling_rate < 1
             remedy = "keep more negatives" if sampled else "change split in the schema"
-            require(split in files, f"no rows are left in the {split} split; give more input, or {remedy}")
-            rows = sum(file.rows for file in files[split])
+            require(split in made, f"no rows are left in the {split} split; give more input, or {remedy}")
+            rows, positives = made[split].rows, made[split].positives
             # --dataset and --protocol made datasets of one label in earlier releases; preprocess warns of them.
-            if self.recipe.options is None and positives[split] in (0, rows):
+            if self.recipe.options is None and positives in (0, rows):
                 from datamodules.preprocess.labels import describe_label  # for this message alone
 
                 why = describe_label(schema, [file.path for file in self.files])
                 changed = "split" if self.recipe.of_criteo else "label or split"
                 raise UserError(
-                    f"all {rows:,} labels of the {split} split are {int(positives[split] > 0)}; expected both: {why}; "
+                    f"all {rows:,} labels of the {split} split are {int(positives == rows)}; expected both: {why}; "
                     f"give more input, or change {changed} in the schema"
                 )
 
@@ -334,35 +335,29 @@ class Job:
 
     def _encode(
         self, pool: Workers, encoding: Encoding, columns: tuple[Column, ...], staged: _Staged
-    ) -> tuple[dict[str, Split], dict[str, dict[str, dict[str, int]]]]:
-        """Return the splits, and ``cells`` of the schema."""
+    ) -> tuple[dict[str, Split], list[tuple[SplitName, Part]]]:
+        """Return the splits, and the part files with their splits."""
         count = len(staged.segments)
         some = [range(start, min(start + _SEGMENTS_A_JOB, count)) for start in range(0, count, _SEGMENTS_A_JOB)]
         rows = np.concatenate(list(pool.map(partial(rows_per_split, encoding), some)))
-        files: dict[SplitName, list[DataFile]] = {}
-        positives = dict.fromkeys(SPLITS, 0)
-        cells: dict[str, dict[str, dict[str, int]]] = {}
+        parts: list[tuple[SplitName, Part]] = []
         with self.progress.stage("encode", int(rows.sum())) as shown:
-            parts = list(part_jobs(encoding, columns, rows))
-            for job, (file, of_part, cells_of_part) in zip(parts, pool.map(encode_part, parts), strict=True):
-                files.setdefault(job.split, []).append(file)
-                positives[job.split] += of_part or 0
-                for name, counts in cells_of_part.items():
-                    of_table = cells.setdefault(job.split, {}).setdefault(name, dict.fromkeys(counts, 0))
-                    for kind, rows_of_kind in counts.items():
-                        of_table[kind] += rows_of_kind
-                shown.advance(file.rows)
-        self._check_splits(files, positives)
+            jobs = list(part_jobs(encoding, columns, rows))
+            for job, part in zip(jobs, pool.map(encode_part, jobs), strict=True):
+                parts.append((job.split, part))
+                shown.advance(part.file.rows)
+        of_splits = {split: [part for of_part, part in parts if of_part == split] for split in SPLITS}
         made: dict[str, Split] = {
             split: Split(
-                rows=sum(file.rows for file in files[split]),
-                positives=positives[split] if self.labelled else None,
-                files=tuple(files[split]),
+                rows=sum(part.file.rows for part in of_split),
+                positives=sum(part.positives or 0 for part in of_split) if self.labelled else None,
+                files=tuple(part.file for part in of_split),
             )
-            for split in SPLITS
-            if split in files
+            for split, of_split in of_splits.items()
+            if of_split
         }
-        return made, cells
+        self._check_splits(made)
+        return made, parts
 
 
 def _split_keys(segments: Path) -> Iterator[np.ndarray]:

@@ -121,6 +121,15 @@ class Recipe:
         """The columns whose transforms are fitted to the counted rows."""
         return tuple(name for name, column in self.schema.columns.items() if column.fit in ("edges", "scales"))
 
+    @property
+    def unscaled(self) -> tuple[str, ...]:
+        """The dense columns whose numbers can be as large as those of the log."""
+        return tuple(
+            name
+            for name, column in self.schema.columns.items()
+            if column.role == "dense" and column.transform in (None, "none", "log_squared")
+        )
+
     def minimum(self, facts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Return the minimum of each column whose transform takes it, over all rows, from the facts of segments."""
         found = {}

@@ -111,6 +111,13 @@ def label_mean(schema: DatasetSchema, split: str) -> float | None:
     return None if found.positives is None else found.positives / found.rows
 
 
+def large_number_warnings(schema: DatasetSchema) -> list[str]:
+    """Return a line if dense columns have numbers that are too large for some models."""
+    large = schema.large_numbers
+    advice = "models such as DCN train badly on them; set transform: standard in the schema, or log1p for an amount"
+    return [f"large numbers in {large}: {advice}"] if large else []
+
+
 def _column_lines(schema: DatasetSchema, width: int) -> list[str]:
     """Format missing values of the raw columns, and what thresholds and moduli left of the tables."""
     report = schema.report

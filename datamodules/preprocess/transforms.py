@@ -162,6 +162,18 @@ def range_scale(pieces: Iterable[np.ndarray]) -> tuple[float, float]:
     return low, (high - low) or 1.0
 
 
+def size_of(values: np.ndarray) -> tuple[int, float, float]:
+    """Return the number of finite values float32 [n], the sum of their squares, and the largest absolute value."""
+    found = values[np.isfinite(values)].astype(np.float64)
+    return len(found), float(np.square(found).sum()), float(np.abs(found).max(initial=0.0))
+
+
+def sum_of_sizes(some: Iterable[tuple[int, float, float]]) -> tuple[int, float, float]:
+    """Return ``size_of`` of the values of several arrays."""
+    counts, squares, largest = zip((0, 0.0, 0.0), *some, strict=True)
+    return sum(counts), sum(squares), max(largest)
+
+
 def quantile_ranks(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
     """Return the bins of values as shares of the last bin, float64 [n]; see ``quantile_bins``."""
     return quantile_bins(values, edges) / max(len(edges), 1)

@@ -39,6 +39,9 @@ SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 WEIGHTS_SUFFIX = "_weights"
 """Suffix of the name of a weights column, after the name of its multi-hot column."""
 
+LARGE_NUMBERS = "large_numbers"
+"""Key of ``DatasetSchema.report``: dense columns whose numbers are too large for some models."""
+
 PREDICTION_COLUMNS = ("split", "row", "label", "probability")
 """Columns of predictions, which kept columns may not be named after."""
 
@@ -206,6 +209,14 @@ class DatasetSchema:
                 not split.files or sum(file.rows for file in split.files) == split.rows,
                 f"split {name}: its files hold {sum(f.rows for f in split.files)} rows, the schema says {split.rows}",
             )
+
+    @property
+    def large_numbers(self) -> str:
+        """The dense columns with large numbers that preprocessing found, such as ``price (up to 12,000)``; empty if
+        there are none."""
+        found = self.report.get(LARGE_NUMBERS)
+        known = found.items() if isinstance(found, Mapping) else ()
+        return ", ".join(f"{name} (up to {most:,.6g})" for name, most in known if isinstance(most, float))
 
     def by_role(self, *roles: Role) -> tuple[Column, ...]:
         """Return the columns of some roles, in the order of the schema."""

@@ -81,7 +81,8 @@ class Evaluation(nn.Module):
         ranks = Ranks()
         samples, clicks = np.sum(ranks.all_gather(np.array(here)), axis=0).tolist()
         if ranks.rank == 0:
-            warn_of_chance(results[f"{self.stage}/auc"], clicks, samples, batch_size, learning_rates)
+            auc, large = results[f"{self.stage}/auc"], schema.large_numbers
+            warn_of_chance(auc, clicks, samples, batch_size, learning_rates, large)
 
     def reset(self) -> None:
         """Forget every batch."""

@@ -17,6 +17,8 @@ from lightning_dlrm.sharding.finite import is_finite, nonfinite_tensors
 
 log = logging.getLogger("lightning_dlrm")
 
+_SCALE = "make the dataset with transform: standard or log1p of these columns"
+
 
 @dataclass(frozen=True)
 class Position:
@@ -38,14 +40,20 @@ class LossGuard(pl.Callback):
     device. Parameters and optimizer state are read before each save and at the end.
 
     Args:
-        advice: what to do about a loss that is not finite, for the message.
+        rates: learning rates by group, for the message about a loss that is not finite.
+        large_numbers: dense columns with large numbers, for the message; see ``DatasetSchema.large_numbers``.
     """
 
     MOST_KEPT = 1024
     """Number of losses after which ``watch`` calls ``check``."""
 
-    def __init__(self, advice: str) -> None:
-        self.advice = advice
+    def __init__(self, rates: Mapping[str, float], large_numbers: str = "") -> None:
+        listed = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        scale = f"the data have large numbers in {large_numbers}: {_SCALE}; or " if large_numbers else ""
+        self.advice = (
+            f"{scale}lower the learning rates ({listed}), warm up longer, or set trainer.gradient_clip_val; earlier "
+            "checkpoints are unchanged"
+        )
         self._unseen: list[tuple[Position, Tensor, Tensor]] = []
         self._largest: tuple[int, dict[str, float]] = (0, {})
         self._saved_step = -1
@@ -157,7 +165,9 @@ def refuse_bad_state(network: CTRNetwork, optimizer: CTROptimizer | None, step: 
     require(not bad, f"{', '.join(bad[:3])} is not finite after step {step}, so nothing is saved; {advice}")
 
 
-def warn_of_chance(auc: float, clicks: int, samples: int, batch_size: int, rates: Mapping[str, float]) -> bool:
+def warn_of_chance(
+    auc: float, clicks: int, samples: int, batch_size: int, rates: Mapping[str, float], large_numbers: str = ""
+) -> bool:
     """Log a warning if the AUC of a validation is within the noise of random predictions.
 
     The AUC of random predictions has a standard deviation of sqrt((n + 1) / (12 n+ n-)) (Mann and Whitney 1947).
@@ -168,6 +178,7 @@ def warn_of_chance(auc: float, clicks: int, samples: int, batch_size: int, rates
         samples: number of samples, n.
         batch_size: batch size of training.
         rates: learning rates by group.
+        large_numbers: dense columns with large numbers, see ``DatasetSchema.large_numbers``.
 
     Returns:
         Whether a warning was logged.
@@ -178,11 +189,12 @@ def warn_of_chance(auc: float, clicks: int, samples: int, batch_size: int, rates
     noise = math.sqrt((samples + 1) / (12 * clicks * others))
     if abs(auc - 0.5) > 3 * noise:
         return False
+    large = f"large numbers in {large_numbers}: {_SCALE}; " if large_numbers else ""
     listed = " and ".join(f"{rate:g} for {group}" for group, rate in rates.items())
     log.warning(
         "validation AUC is %.4f, no better than random predictions (0.5 give or take %.4f with %s samples). Likely "
-        "causes: too few steps, or learning rates (%s) that do not suit batches of %s: try ten times the rates if the "
-        "loss hardly changed, else a tenth",
-        *(auc, 3 * noise, f"{samples:,}", listed, f"{batch_size:,}"),
+        "causes: %stoo few steps, or learning rates (%s) that do not suit batches of %s: try ten times the rates if "
+        "the loss hardly changed, else a tenth",
+        *(auc, 3 * noise, f"{samples:,}", large, listed, f"{batch_size:,}"),
     )
     return True

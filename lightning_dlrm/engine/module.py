@@ -124,11 +124,7 @@ class CTRModule(pl.LightningModule):
         """Curves of the last evaluation."""
         self.averaging = None if averaging is None else AverageForEvaluation(averaging)
         self.timer = StepTimer()
-        rates = ", ".join(f"{name} {rate:g}" for name, rate in self.learning_rates.items())
-        self.guard = LossGuard(
-            f"lower the learning rates ({rates}), warm up longer, or set trainer.gradient_clip_val; earlier "
-            "checkpoints are unchanged"
-        )
+        self.guard = LossGuard(self.learning_rates, schema.large_numbers)
         self._side_stream: SideStream | None = None
         self._batch_size = 0
         self._dropouts: list[Dropout] = []

@@ -1,9 +1,11 @@
 """Contract: what Criteo's protocols need is an option of the schema of any log: hashes, transforms, rows of missing and
 unknown values, moduli, splits by days and tenths, and negative sampling. Each is compared with a plain version."""
 
+import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from datamodules.encoder import RowEncoder
 from datamodules.log_schema import log_schema
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
+from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 from tests.raw_criteo import mixed
@@ -79,6 +82,35 @@ def test_transforms_of_dense_columns(tmp_path: Path, fill: float | None) -> None
     new = RowEncoder(tmp_path / "data").encode(pa.table({"n": [-100.0, low, None]}))
     expected = [math.log(2), math.log(2), math.nan if fill is None else math.log(fill - low + 2)]
     np.testing.assert_allclose(new["above"], expected, rtol=1e-6)
+
+
+def test_columns_of_large_numbers_draw_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column is large if the root mean square of what is stored is above 5, whatever a few values are."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"y": row["y"], "wide": row["n"], "year": str(2000 + number % 20), "few": str(number % 5), "gap": ""}
+        for number, row in enumerate(log_rows())
+    ]
+    written(Path("log.csv"), [rows[0] | {"few": "60"}, *rows])
+    columns: dict[str, Any] = {name: {"role": "dense", "transform": "none"} for name in rows[0] if name != "y"}
+    columns["scaled"] = {"role": "dense", "transform": "standard", "source": "wide"}
+    document = {"dataset": "log", "label": "y", "columns": columns, "split": {"by": "position"}}
+    Path("s.yaml").write_text(json.dumps(document))
+    command = ["preprocess", "--input", "log.csv", "--workers", "1", "--output"]
+    assert main([*command, "data", "--schema", "s.yaml"]) == 0
+    largest = max(float(row["wide"] or 0) for row in rows)
+    large = f"wide (up to {largest:,.6g}), year (up to 2,019)"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"warning: large numbers in {large}: models such as DCN train badly on them; set transform: standard in the "
+        "schema, or log1p for an amount"
+    )
+    assert DatasetSchema.load(Path("data")).large_numbers == large
+    assert main([*command, "new", "--vocabulary", "data"]) == 0
+    assert "large numbers" not in capsys.readouterr().err, "the model is trained already"
+    damaged = replace(DatasetSchema.load(Path("data")), report={"large_numbers": {"wide": "many"}})
+    assert damaged.large_numbers == replace(damaged, report={"large_numbers": 3}).large_numbers == ""
 
 
 UNKNOWN = {

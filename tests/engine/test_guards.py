@@ -5,7 +5,9 @@ import dataclasses
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.tracking.run_folder import RunFolder
 from tests.engine.test_fit import StopAt, lines, losses, trainer_of
 from tests.engine.test_from_python import trainer_in
-from tests.toy import ToyData, ToyLoader, toy_batch, toy_dlrm, toy_module
+from tests.toy import ToyData, ToyLoader, toy_batch, toy_dlrm, toy_module, toy_schema
 
 
 class Spoilt(ToyData):
@@ -97,6 +99,19 @@ def test_predictions_no_better_than_chance_draw_a_warning(tmp_path: Path, caplog
         caplog.clear()
         trainer_of(tmp_path / "good", max_epochs=3).fit(toy_module(), ToyData())
         assert "random predictions" not in caplog.text
+
+
+def test_large_numbers_of_the_data_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    schema = replace(toy_schema(), report={"large_numbers": {"I2": 91230.0}})
+    module = toy_module(toy_dlrm, SGD(1e-9), SGD(1e-9), schema=schema)
+    named = (
+        r"large numbers in I2 \(up to 91,230\): make the dataset with transform: standard or log1p of these columns; "
+    )
+    with caplog.at_level(logging.WARNING, "lightning_dlrm"):
+        trainer_of(tmp_path / "run").fit(module, ToyData(schema=schema))
+    assert re.search(f"random predictions .* Likely causes: {named}too few steps", caplog.text)
+    with pytest.raises(UserError, match=f"not finite at step 6 .*; the data have {named}or lower the learning rates"):
+        trainer_in(tmp_path, enable_checkpointing=False).fit(toy_module(schema=schema), Spoilt())
 
 
 def test_chance_is_told_from_skill_by_the_number_of_samples() -> None:
@@ -307,7 +322,7 @@ def test_parameters_and_optimizer_state_are_checked_at_the_end_of_a_fit_that_sav
 def test_an_unlogged_loss_is_checked_on_all_ranks_together(monkeypatch: pytest.MonkeyPatch) -> None:
     together: list[Any] = []
     monkeypatch.setattr(guards.Ranks, "run_on_all_ranks", lambda self, action: together.append(action))
-    guard = guards.LossGuard("")
+    guard = guards.LossGuard({})
     for step in range(guard.MOST_KEPT):
         assert not together
         guard.watch(torch.tensor(0.0), torch.zeros(1), guards.Position(step, 0, step))
