@@ -104,7 +104,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     # Before the run folder is made, and loggers start.
     check_api_key(command, trainer_settings["logger"], settings.wandb)
     if settings.ckpt_path is not None and not older:
-        check_encoding(job.module, CheckpointReader(Path(settings.ckpt_path)))
+        check_encoding(job.module.schema, CheckpointReader(Path(settings.ckpt_path)))
     if is_finished(job, trainer):
         return 0
     with finishing(job, trainer):

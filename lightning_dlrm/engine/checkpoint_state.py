@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import average_rows, averaged_dense
 from lightning_dlrm.engine.fit_length import planned_steps, refuse_longer_fit
@@ -127,17 +127,20 @@ def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) 
         restore_random_states(checkpoint["random_state"], module.device)
 
 
-def check_checkpoint_plugin(trainer: pl.Trainer) -> None:
+def check_setup(module: "CTRModule") -> None:
     """
     Raises:
-        UserError: the trainer saves or opens checkpoints as single files.
+        UserError: the trainer saves or opens checkpoints as single files, or its data have another encoding than those
+            that the module was made for.
     """
+    trainer = module.trainer
     uses_checkpoints = trainer.checkpoint_callbacks or trainer.ckpt_path is not None
     require(
         not uses_checkpoints or getattr(trainer.strategy.checkpoint_io, "HOLDS_TABLES", False),
         "this Trainer keeps checkpoints as single files, which do not hold tables: give it "
         "plugins=[lightning_dlrm.FolderCheckpointIO()], or enable_checkpointing=False",
     )
+    _require_encoding(module.data_schema(), module.schema.encoding_fingerprint, "the module was made or trained")
 
 
 def optimizer_of(module: "CTRModule") -> CTROptimizer:
@@ -210,7 +213,7 @@ def _check_header(module: "CTRModule", reader: CheckpointReader, training: bool)
         f"checkpoint {reader.folder} holds the model {header.get('model')}, but this run trains "
         f"{network}: use the configuration it was trained with",
     )
-    check_encoding(module, reader)
+    check_encoding(module.schema, reader)
     data, stored = module.data_schema().data_fingerprint, str(header.get("data_fingerprint"))
     if training and stored != data:
         raise UserError(
@@ -219,17 +222,21 @@ def _check_header(module: "CTRModule", reader: CheckpointReader, training: bool)
         )
 
 
-def check_encoding(module: "CTRModule", reader: CheckpointReader) -> None:
+def check_encoding(schema: DatasetSchema, reader: CheckpointReader) -> None:
     """
     Raises:
-        UserError: a checkpoint belongs to data with another encoding than the module's.
+        UserError: a checkpoint belongs to data with another encoding than that of a schema.
     """
-    encoding, stored = module.schema.encoding_fingerprint, str(reader.header.get("encoding_fingerprint"))
+    _require_encoding(schema, str(reader.header.get("encoding_fingerprint")), f"checkpoint {reader.folder} was trained")
+
+
+def _require_encoding(schema: DatasetSchema, expected: str, what: str) -> None:
+    found = schema.encoding_fingerprint
     require(
-        stored == encoding,
-        f"checkpoint {reader.folder} was trained on data with another encoding (fingerprint {stored[:12]}, the data "
-        f"here have {encoding[:12]}): give --config with its run's config.yaml, or encode new rows with "
-        "preprocess --vocabulary and the folder of its training data",
+        found == expected,
+        f"{what} on data with another encoding (fingerprint {expected[:12]}, the data here have {found[:12]}): give "
+        "the dataset folder that it was trained on (data.path in its run's config.yaml), or rows that preprocess "
+        "--vocabulary has encoded with that folder",
     )
 
 

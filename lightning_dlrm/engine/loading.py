@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
-from lightning_dlrm.engine.checkpoint_state import take_state
+from lightning_dlrm.engine.checkpoint_state import check_encoding, take_state
 from lightning_dlrm.engine.retired import update_document
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
@@ -83,6 +83,7 @@ def load_module(
             "load_from_checkpoint(folder, schema=data.schema)",
         )
         schema = DatasetSchema.from_json(described["schema"], str(reader.folder))
+    check_encoding(schema, reader)
     options = dict(described["options"])
     if network is not None:
         options["network"] = network

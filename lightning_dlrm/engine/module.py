@@ -15,7 +15,7 @@ from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.engine.averaging import AverageForEvaluation, Averaging, WeightAverages
-from lightning_dlrm.engine.checkpoint_state import add_state, check_checkpoint_plugin, optimizer_of, take_state
+from lightning_dlrm.engine.checkpoint_state import add_state, check_setup, optimizer_of, take_state
 from lightning_dlrm.engine.compilation import CompilationLog, CompileMode, compile_mode, compile_score, compiled
 from lightning_dlrm.engine.evaluation import Evaluation
 from lightning_dlrm.engine.fit_length import fit_length, planned_steps, refuse_longer_fit
@@ -145,16 +145,19 @@ class CTRModule(pl.LightningModule):
         Args:
             checkpoint_path: checkpoint folder, such as ``runs/NAME/checkpoints/best``.
             network: makes the network; needed for a custom network, because only classes of this package are imported.
-            schema: schema of the data; needed for checkpoints of releases that did not keep it.
+            schema: schema of the data to score, such as ``RowEncoder(folder).schema``, which must have the encoding of
+                the data that the model was trained on; by default no data are compared. Checkpoints of releases that
+                did not keep a schema need it.
             allow_nonfinite: whether to load NaN and infinite values, which are refused by default.
 
         Raises:
-            UserError: the checkpoint is damaged, has NaN or infinite values, or does not say how its module is made.
+            UserError: the checkpoint is damaged, has NaN or infinite values, does not say how its module is made, or
+                was trained on data with another encoding than that of ``schema``.
         """
         return load_module(cls, CheckpointReader(Path(checkpoint_path), allow_nonfinite), network, schema)
 
     def setup(self, stage: str) -> None:
-        check_checkpoint_plugin(self.trainer)
+        check_setup(self)
         # A strategy that shards tables compares the memory itself, after it has made its plan.
         if not hasattr(self, "network") and not hasattr(self.trainer.strategy, "plan"):
             Ranks().run_on_all_ranks(lambda: require_memory(self))

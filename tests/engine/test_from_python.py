@@ -24,7 +24,7 @@ from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
 from lightning_dlrm.tracking.run_folder import RunFolder
 from tests.front_door.test_frozen_files import ARCHIVE
-from tests.toy import ToyData, toy_batch, toy_module, toy_schema
+from tests.toy import ToyData, toy_batch, toy_dlrm, toy_module, toy_schema
 
 
 class OwnNetwork(CTRNetwork):
@@ -91,6 +91,20 @@ def test_a_module_from_its_checkpoint(averaging: Averaging | None, tmp_path: Pat
     evaluations = [trainer_in(tmp_path).validate(which, ToyData(), verbose=False) for which in (module, loaded)]
     assert evaluations[0] == evaluations[1]
     assert loaded.schema == module.schema and loaded.table_rule.learning_rate == 0.1
+
+
+def test_data_of_another_encoding_are_refused(tmp_path: Path) -> None:
+    """Their ids name other values, so scores would be wrong, even if all tables have the same sizes."""
+    load = partial(CTRModule.load_from_checkpoint, fitted(toy_module(), tmp_path), toy_dlrm)
+    other = toy_schema(protocol="other")
+    assert load(schema=toy_schema()).schema == toy_schema()
+    for schema in (other, toy_schema(tables={"C1": 5})):
+        with pytest.raises(UserError, match=r"checkpoint was trained on data with another encoding .*: give the data"):
+            load(schema=schema)
+    loaded = load()
+    for call in ("validate", "test", "predict", "fit"):
+        with pytest.raises(UserError, match="the module was made or trained on data with another encoding"):
+            getattr(trainer_in(tmp_path), call)(loaded, ToyData(schema=other))
 
 
 def test_a_network_of_ones_own(tmp_path: Path) -> None:
