@@ -12,7 +12,7 @@ from datamodules.generate.profiles import LEAST_ACCESSES, Profile, TraceSource, 
 from datamodules.generate.random import PRESETS, Law, RandomSettings, generate_random
 from datamodules.generate.trace import TraceSettings, check_plot, generate_trace, measure_fit, plot_fits, render_fits
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
-from datamodules.preprocess.progress import format_size
+from datamodules.preprocess.progress import format_rate, format_size
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import require, settings_as_options
 from lightning_dlrm.contracts.interrupts import exit_on_signals
@@ -411,7 +411,7 @@ def _run_tsv(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     for path, size in zip(args.output, sizes, strict=True):
         print(f"{path}: {format_size(size)}")
-    print(f"{counted(settings.rows, 'row')} after {seconds:.1f} s ({settings.rows / seconds:,.0f} rows/s)")
+    print(f"{counted(settings.rows, 'row')} after {seconds:.1f} s ({format_rate(settings.rows / seconds)} rows/s)")
     options = ["--dataset", args.dataset, "--protocol", "dlrm", "--input", *map(str, args.output), "--output", "DIR"]
     print(command_after("preprocess them:", command_line("preprocess", *options)))
     return 0

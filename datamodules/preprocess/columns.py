@@ -8,7 +8,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, Literal
 
-from datamodules.preprocess.dialect import is_number
+from datamodules.preprocess.dialect import is_dressed_number, is_number
 from datamodules.preprocess.sniffing import Sample, Value
 
 Kind = Literal["empty", "boolean", "integer", "number", "text", "time", "list", "numbers", "object"]
@@ -76,6 +76,8 @@ _MANY_SHARE = 0.05  # of the rows of the sample
 _LONG_TEXT = 80
 _LARGE_LOG = 1_000_000
 _LEAK = 0.999
+_LARGEST_EXACT = 1 << 53
+"""Larger whole numbers are not exact in float64: different ones would become equal."""
 _EXAMPLES = 3
 _EXAMPLE_LENGTH = 24
 
@@ -274,7 +276,7 @@ def _choose_integer(facts: Facts, sample: Sample) -> Choice:
     ids, quantity = facts.words & _ID_WORDS, facts.words & _QUANTITY_WORDS
     if facts.is_unique and (ids or not quantity):
         return Choice(settings={"role": "leave"}, reason="a different number in nearly every row, such as a row id")
-    if quantity and not ids and facts.distinct > 2:
+    if quantity and not ids and facts.distinct > 2 and max(map(abs, facts.values)) < _LARGEST_EXACT:
         return Choice(
             settings={"role": "dense", **_transform(facts)},
             reason=f"whole numbers, and the word `{min(quantity)}` in the name suggests an amount",
@@ -294,11 +296,23 @@ def _choose_text(facts: Facts, sample: Sample) -> Choice:
         listed = Facts(name=facts.name, kind="list", values=facts.values, missing=facts.missing, counts=items)
         settings = {"role": "multi_hot", "separator": separator}
         return _categories(listed, sample, settings, f"text with several values between {separator!r}")
+    if dressed := dressed_number(facts):
+        reason = f"numbers with other characters, such as {dressed!r}; to use them as numbers, write plain ones"
+        if not facts.is_unique:
+            return _categories(facts, sample, {"role": "categorical"}, reason)
+        return Choice(settings={"role": "leave"}, reason=reason)
     if facts.is_unique:
         return Choice(settings={"role": "leave"}, reason="a different text in nearly every row, such as a row id")
     if sum(map(len, facts.counts)) > _LONG_TEXT * facts.distinct:
         return Choice(settings={"role": "leave"}, reason="long text")
     return _categories(facts, sample, {"role": "categorical"}, "text")
+
+
+def dressed_number(facts: Facts) -> str | None:
+    """Return a number with other characters, such as ``$9.56``, if all values of a column of text are numbers."""
+    dressed = [value for value in facts.counts if is_dressed_number(value)] if facts.kind == "text" else []
+    rest = facts.counts.keys() - set(dressed)
+    return str(dressed[0]) if dressed and all(map(is_number, rest)) else None
 
 
 def _categories(facts: Facts, sample: Sample, settings: dict[str, Any], reason: str) -> Choice:
@@ -383,6 +397,6 @@ def examples(column: Facts) -> str:
 def shortened(value: Value) -> str:
     """Return a value as text that fits in a line with others between commas."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    if not text or "," in text:
+    if not text or "," in text or text != text.strip():
         text = repr(text)
     return text if len(text) <= _EXAMPLE_LENGTH else text[: _EXAMPLE_LENGTH - 3] + "..."

@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
                 progress.note("interrupted; nothing was written: run the same command to start again")
             raise
     if progress.stages:
-        print(render_report(schema, progress.stages, line_width(sys.stdout)))
+        print(render_report(schema, progress.stages, line_width(sys.stdout), args.output))
     for warning in (*one_label_warnings(schema), *threshold_warnings(schema), *large_number_warnings(schema)):
         print(wrapped([f"warning: {warning}"], sys.stderr), file=sys.stderr)
     if args.vocabulary is None:

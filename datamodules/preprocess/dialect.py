@@ -11,15 +11,16 @@ _LINES = 200  # of which the separator is found
 
 _SEPARATORS = ("\t", ";", "::", "|", ",")
 """In the order in which they are taken if several split all lines into equally many fields."""
-_SURE_NULLS = ("\\N", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", "N/A")
+_SURE_NULLS = ("\\N", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", "N/A", "n/a")
 """Texts that mean a missing value in any column."""
-_NUMERIC_NULLS = ("NA", "None", "none", "-", "?", ".")
+_NUMERIC_NULLS = ("NA", "na", "None", "none", "missing", "unknown", "-", "--", "?", ".")
 """Texts that mean a missing value if all other values of their column are numbers."""
 
 _NUMBER = {
     ".": re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"),
     ",": re.compile(r"[+-]?(\d+,?\d*|,\d+)([eE][+-]?\d+)?"),
 }
+_DRESSED = re.compile(r"(?=.*[\s%$€£¥])[\s$€£¥]*[+-]?\d+([.,]\d+)?[\s%$€£¥]*|[+-]?\d{1,3}([,.' ]\d{3})+([.,]\d+)?")
 _LEADING_ZERO = re.compile(r"[+-]?0\d")
 
 
@@ -30,6 +31,15 @@ def is_number(text: str, decimal: str = ".") -> bool:
     (True, True, False, False)
     """
     return bool(_NUMBER[decimal].fullmatch(text)) and not _LEADING_ZERO.match(text)
+
+
+def is_dressed_number(text: str) -> bool:
+    """Return whether a text is a number with spaces, a currency, a percent sign or separators of thousands.
+
+    >>> is_dressed_number("$7.93"), is_dressed_number("12 %"), is_dressed_number("1,234.50"), is_dressed_number("7.93")
+    (True, True, True, False)
+    """
+    return bool(_DRESSED.fullmatch(text))
 
 
 def fields_of(text: str, separator: str, quote: str | None = '"') -> Iterator[tuple[int, list[str]]]:

@@ -15,7 +15,18 @@ from typing import Any
 import yaml
 
 from datamodules.log_schema import LABEL, read_log_schema
-from datamodules.preprocess.columns import Choice, Facts, choose, examples, facts_of, in_order, shortened, tells_label
+from datamodules.preprocess.columns import (
+    Choice,
+    Facts,
+    choose,
+    dressed_number,
+    examples,
+    facts_of,
+    in_order,
+    shortened,
+    tells_label,
+)
+from datamodules.preprocess.dialect import is_number
 from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.labels import SampledLabel, find_label, propose_labels
 from datamodules.preprocess.report import fit_command
@@ -29,7 +40,7 @@ _SPLIT_WORDS = {"train": ("train", "training"), "validation": ("valid", "validat
 _GUESSED_ENCODINGS = ("cp1252", "latin-1")
 _RATIOS = (0.8, 0.1, 0.1)
 _MANY_TIMES = 20  # rows of equal times stay in one split, which then hardly changes the shares
-_MISSING_LABELS = " Missing in {:,}: remove these rows, or have preprocess leave them out with --on-bad-row skip."
+_MISSING_LABELS = " remove them from the file, or add --on-bad-row skip to preprocess"
 _WIDTH = 116
 
 
@@ -120,22 +131,40 @@ def _report(output: Path, log: _Inferred, sample: Sample, width: int) -> list[st
     by_role: dict[str, list[str]] = {}
     for name, choice in log.choices.items():
         by_role.setdefault(choice.settings["role"], []).append(name)
-    of_all = "the whole log" if sample.whole else f"a sample of about {sample.estimated_rows:,}"
-    share = sum(log.label.labels) / len(log.label.labels)
-    entries = {"label": f"{log.label.text} (true in {share:.1%} of the rows)"}
+    label, missing = log.label, log.label.missing
+    share = sum(label.labels) / len(label.labels)
+    rows = counted(sample.rows, "row")
+    entries = {"label": f"{label.text} (true in {share:.1%} of the rows)"}
+    if missing:
+        entries["no label"] = f"{counted(missing, 'row')}:{_MISSING_LABELS}"
     if why := _why_encoding(sample.form):
         entries["encoding"] = f"{sample.form.encoding} ({why})"
+    if read := _maybe_thousands(sample):
+        entries["decimal"] = f"a comma, as a guess: {read}; if it separates thousands, remove it from the file"
     entries |= {role: f"{', '.join(by_role[role])} ({words})" for role, words in _ROLES.items() if role in by_role}
+    if dressed := [f"{column.name} ({one!r})" for column in log.facts if (one := dressed_number(column))]:
+        entries["text"] = f"{', '.join(dressed)}: to use them as numbers, write plain ones in the file, such as 9.56"
     entries["split"] = f"by {log.split['by']}: {log.split_reason}"
     lines = filled_below(
-        f"wrote {output}, the schema of a log of {counted(len(sample.columns), 'column')}, from "
-        f"{counted(sample.rows, 'row')} ({of_all}):",
+        f"wrote {output}: a schema of {counted(len(sample.columns), 'column')}, from "
+        f"{f'all {rows}' if sample.whole else f'{rows} of about {sample.estimated_rows:,}'}:",
         width,
         indent=2,
     )
     for name, words in entries.items():
         lines += filled_below(words, width or _WIDTH, f"  {name:<12} ")
-    return [*lines, *filled_below(f"look at {output} first: {_CHECK}", width, indent=2)]
+    return [*lines, f"look at {output} first: roles are guesses, and comments say why", *_CHECKS]
+
+
+def _maybe_thousands(sample: Sample) -> str | None:
+    """Return how a number with a comma is read, if commas may separate thousands: all have three digits after them."""
+    if sample.form.decimal == ".":
+        return None
+    cells = (cell for cells in sample.columns.values() for cell in cells if cell is not None and "," in cell)
+    found = [cell for cell in cells if is_number(cell, ",")]
+    if not found or not all(re.fullmatch(r"[+-]?\d{1,3},\d{3}", cell) for cell in found):
+        return None
+    return f"{found[0]} is read as {found[0].replace(',', '.')}"
 
 
 _ROLES = {
@@ -146,9 +175,9 @@ _ROLES = {
     "leave": "ignored",
 }
 """Role of a column, and what it means."""
-_CHECK = (
-    "roles are guesses, and a comment at each column says why; a number that names something is categorical, an amount "
-    "is dense, and what is known only after the click must be left out (leave)"
+_CHECKS = (
+    "  a number that names something is categorical, an amount is dense",
+    "  what is known only after the click must be left out (leave)",
 )
 
 
@@ -254,7 +283,9 @@ def _schema_text(log: _Inferred, sample: Sample, command: str, then: Sequence[st
     if form.format != "parquet":
         lines.append(f"encoding: {form.encoding}")
     lines += [
-        *_comment(f"True in {positives:.1%} of the rows." + (_MISSING_LABELS.format(missing) if missing else "")),
+        *_comment(
+            f"True in {positives:.1%} of the rows." + (f" Missing in {missing:,}:{_MISSING_LABELS}." if missing else "")
+        ),
         f"label: {_scalar(log.label.text)}",
         "columns:",
     ]

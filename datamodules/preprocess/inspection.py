@@ -166,9 +166,9 @@ def render(facts: Mapping[str, Any], width: int = 0) -> str:
         width: of the terminal, which lines do not exceed; 0 for no limit.
     """
     settings = "".join(
-        f", {name} {'for each column' if isinstance(value, Mapping) else value}"
+        f", {name} {value}"
         for name, value in facts["settings"].items()
-        if name != "schema"  # of a log, which the columns describe
+        if not isinstance(value, Mapping)  # of single columns, which the columns describe
     )
     entries = [
         ("dataset", f"{facts['dataset']}, protocol {facts['protocol']}{settings}"),
@@ -261,7 +261,7 @@ def _split_table(facts: Mapping[str, Any], width: int) -> list[str]:
     words = ["label mean: share of the rows with label 1"] if "label mean" in shown else []
     if "unknown" in shown:
         words.append("unknown, rare, missing: shares of the values of all tables")
-    return lines + filled_below("; ".join(words), width, indent=2)
+    return lines + [part for one in words for part in filled_below(one, width, "  ", 4)]
 
 
 def _column_tables(facts: Mapping[str, Any], width: int) -> list[str]:
@@ -271,15 +271,17 @@ def _column_tables(facts: Mapping[str, Any], width: int) -> list[str]:
     tables = [column for column in columns if column["cardinality"]]
     others = [column for column in columns if not column["cardinality"] and column["missing"] is not None]
     lines = []
-    if others:
+    if any(column["missing"] for column in others):
         body = [(column["name"], column["role"], f"{column['missing']:.2%}") for column in others]
         lines += [*fitted([("column", "role", "missing"), *body], width, left=(0, 1)), ""]
     if tables:
         lines += _id_tables(tables, facts["table_rows"], width)
-    lines += [part for name, words in _LEGENDS for part in _legend(columns, name, words, width)]
+    if any(column["missing"] == 0 for column in columns) and not any(column["missing"] for column in columns):
+        lines.append("  no values are missing")
+    lines += [part for words in _legends(columns) for part in filled_below(words, width, "  ", 4)]
     for words in _reserved_rows(tables):
-        lines += filled_below(words, width, indent=2)
-    return lines + [part for words in _notes(columns) for part in filled_below(words, width, indent=2)]
+        lines += filled_below(words, width, "  ", 4)
+    return lines + [part for words in _notes(columns) for part in filled_below(words, width, "  ", 4)]
 
 
 def _notes(columns: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -301,17 +303,19 @@ def _notes(columns: Sequence[Mapping[str, Any]]) -> list[str]:
 _LEGENDS = (
     ("missing", "missing: share of the rows without a value"),
     ("unknown", "unknown: share of the validation and test rows with a value that the vocabulary does not have"),
-    (
-        "most_frequent",
-        "most frequent id: its share of all lookups; a word after it says that the id is a reserved row",
-    ),
+    ("most_frequent", "most frequent id: its share of all lookups"),
+    ("most_frequent_is", "word after the share: the most frequent id is the reserved row of these values"),
     ("ids_for_90", "ids for 90%: how many ids, the most frequent ones, take 90% of all lookups"),
 )
 """Fact of a column, and what its header means."""
 
 
-def _legend(columns: Sequence[Mapping[str, Any]], name: str, words: str, width: int) -> list[str]:
-    return filled_below(words, width, indent=2) if any(column[name] is not None for column in columns) else []
+def _legends(columns: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what the headers of the tables mean; missing values have a header if there are any."""
+    shown = {name for column in columns for name, value in column.items() if value is not None}
+    if not any(column["missing"] for column in columns):
+        shown -= {"missing"}
+    return [words for name, words in _LEGENDS if name in shown]
 
 
 def _id_tables(tables: Sequence[Mapping[str, Any]], rows: int, width: int) -> list[str]:
@@ -322,12 +326,14 @@ def _id_tables(tables: Sequence[Mapping[str, Any]], rows: int, width: int) -> li
     )
     # Nearly all are categorical.
     shows_roles = any(column["role"] != "categorical" for column in tables)
-    body = [
+    has_missing = any(column["missing"] for column in tables)
+    body: list[tuple[str, ...]] = [
         (
             column["name"],
             column["role"] if shows_roles else "",
             f"{column['cardinality']:,}",
-            *("" if column[share] is None else f"{column[share]:.2%}" for share in ("missing", "unknown")),
+            "" if not has_missing or column["missing"] is None else f"{column['missing']:.2%}",
+            "" if column["unknown"] is None else f"{column['unknown']:.2%}",
             "" if column["most_frequent"] is None else f"{column['most_frequent']:.2%}{_of_reserved(column)}",
             "" if column["ids_for_90"] is None else f"{column['ids_for_90']:,}",
         )

@@ -16,7 +16,7 @@ from datamodules.preprocess.json_lines import checked_object, find_keys, json_ty
 from datamodules.preprocess.log_reader import NOT_CLOSED, LogReader, is_utf8, open_parquet
 from datamodules.preprocess.progress import fields_of
 from datamodules.preprocess.quotes import find_quoted
-from datamodules.preprocess.sources import RawFile
+from datamodules.preprocess.sources import RawFile, check_line_ends
 from datamodules.preprocess.staging import Reader
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
@@ -161,10 +161,7 @@ def _csv_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
     if schema.names:
         return reader
     end = start.find(b"\n")
-    require(
-        end >= 0 or b"\r" not in start.rstrip(),
-        f"{source.path} has carriage returns as line ends; make them line feeds: tr '\\r' '\\n'",
-    )
+    check_line_ends(source.path, start)
     try:
         start[bom : end if end >= 0 else None].decode()
     except UnicodeDecodeError as error:

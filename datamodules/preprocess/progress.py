@@ -53,11 +53,11 @@ class StageTime:
         """Return one line.
 
         >>> print(StageTime(name="encode", rows=1_478_027, seconds=1.0, peak_bytes=4 * 10**8, disk_bytes=10**11))
-        encode    1,478,027 rows    1.0 s 1,478,027 rows/s  0.4 GB memory 100.0 GB disk
+        encode    1,478,027 rows    1.0 s 1,500,000 rows/s  0.4 GB memory 100.0 GB disk
         """
         rate = self.rows / self.seconds if self.seconds else 0.0
         return (
-            f"{_title(self.name):<7}{self.rows:>12,} rows {self.seconds:>6,.1f} s {rate:>9,.0f} rows/s "
+            f"{_title(self.name):<7}{self.rows:>12,} rows {self.seconds:>6,.1f} s {format_rate(rate):>9} rows/s "
             f"{format_size(self.peak_bytes):>7} memory {format_size(self.disk_bytes):>7} disk"
         )
 
@@ -114,7 +114,7 @@ class Stage:
         seconds = max(now - self._start, 1e-9)
         fraction = min(self._fraction, 1.0)
         parts = [
-            f"{self.rows:,.0f} rows, {self.rows / seconds:,.0f} rows/s",
+            f"{self.rows:,.0f} rows, {format_rate(self.rows / seconds)} rows/s",
             f"{self.memory / 1e9:,.2f} GB memory",
             f"{self.disk / 1e9:,.2f} GB disk",
         ]
@@ -130,6 +130,11 @@ class Stage:
             print(f"{_title(self.name):<7}{fraction:6.1%}  {counted}", file=self._stream, flush=True)
             self._line_after = min(2 * self._line_after, _LINE_EVERY_S)
             self._line_at = now + self._line_after
+
+
+def format_rate(rate: float) -> str:
+    """Return a rate with two digits."""
+    return f"{float(f'{rate:.2g}'):,.0f}"
 
 
 def _title(stage: str) -> str:

@@ -52,13 +52,14 @@ def write_report(
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def render_report(schema: DatasetSchema, stages: Sequence[StageTime], width: int = 0) -> str:
+def render_report(schema: DatasetSchema, stages: Sequence[StageTime], width: int = 0, output: str = "") -> str:
     """Format the report as text.
 
     Args:
         schema: of the dataset.
         stages: the time, memory and disk of each.
         width: of the terminal, which lines do not exceed; 0 for no limit.
+        output: the dataset folder.
     """
     report = schema.report
     rows = sum(split.rows for split in schema.splits.values())
@@ -73,7 +74,7 @@ def render_report(schema: DatasetSchema, stages: Sequence[StageTime], width: int
     lines += filled_below(f"how rows were split: {split_words(schema)}", width, "  ", 4)
     lines += ["", *_column_lines(schema, width), ""]
     lines += filled_below(
-        f"{counted(read, 'row')} read, {counted(rows, 'row')} written in "
+        f"{counted(read, 'row')} read, {counted(rows, 'row')} written{f' to {output}' if output else ''} in "
         f"{sum(stage.seconds for stage in stages):,.1f} s, with at most "
         f"{max(stage.peak_bytes for stage in stages) / 1e9:,.2f} GB of memory (all processes together)",
         width,
@@ -147,8 +148,10 @@ def _column_lines(schema: DatasetSchema, width: int) -> list[str]:
     totals = (sum(of_columns.values()) for of_columns in counts)
     last = ("all", "", *(f"{total:,}" if total else "" for total in totals), f"{sum(schema.features.table_rows):,}")
     lines = fitted([header, *body, last], width)
-    legend = "; ".join(f"{name}: {words}" for name, words in _LEGENDS.items() if name in lines[0])
-    return lines + filled_below(legend, width, "  ", 4)
+    legends = [f"{name}: {words}" for name, words in _LEGENDS.items() if name in lines[0]]
+    if any(column.reserved for column in schema.columns):
+        legends[-1] += ", with those for missing and rare values"
+    return lines + [part for legend in legends for part in filled_below(legend, width, "  ", 4)]
 
 
 _LEGENDS = {
@@ -156,7 +159,7 @@ _LEGENDS = {
     "values": "different values",
     "kept": "values with a row of their own",
     "unknown rows": "rows with a value that the vocabulary does not have",
-    "table rows": "rows of the embedding table, with those for missing and rare values",
+    "table rows": "rows of the embedding table",
 }
 """Header of the table of columns, and what it means."""
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from datamodules.folder import consistent, failures_as_user_errors, file_system, is_remote
 from datamodules.log_schema import Format
 from datamodules.preprocess.dialect import decimal_of, fields_of, find_separator, has_header, nulls_of
-from datamodules.preprocess.sources import RawFile, find_files
+from datamodules.preprocess.sources import RawFile, check_line_ends, find_files
 from lightning_dlrm.contracts.documents import printable
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
@@ -92,6 +93,7 @@ def read_sample(paths: Sequence[str], names: Sequence[str] | None = None) -> Sam
     files = find_files(_spread(paths, _MOST_FILES), of_criteo=False)
     pieces = [piece for file in files for piece in _pieces(file, _SAMPLE_BYTES // len(files))]
     require(any(piece.text.strip() for piece in pieces), f"{paths[0]} is empty; give files with rows")
+    check_line_ends(paths[0], pieces[0].text)
     share = sum(len(piece.text) for piece in pieces) / max(_total_bytes(paths, files, pieces), 1)
     if pieces[0].text.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] in (b"{", b"["):
         require(names is None, "--columns names the columns of text without a header; JSON has names")
@@ -301,6 +303,10 @@ def _check_names(path: str, names: Sequence[str] | None, first: Sequence[str], s
             printable(name) == name and "\n" not in name,
             f"{path}: the column {name!r} has control characters in its name; rename it",
         )
+    _check_unique(path, names)
+
+
+def _check_unique(path: str, names: Sequence[str]) -> None:
     twice = sorted({name for name in names if list(names).count(name) > 1})
     require(not twice, f"{path}: two columns are named {', '.join(twice)!r}; rename one of them")
 
@@ -326,8 +332,10 @@ def _sample_of_parquet(paths: Sequence[str]) -> Sample:
             total += file.metadata.num_rows
             groups = _spread(range(file.num_row_groups), _PIECES)
             most = _SAMPLE_ROWS // (len(read) * max(len(groups), 1))
-            tables = [pa.Table.from_batches([next(file.iter_batches(most, row_groups=[group]))]) for group in groups]
+            firsts = (islice(file.iter_batches(most, row_groups=[group]), 1) for group in groups)
+            tables = [pa.Table.from_batches(batches) for batches in map(list, firsts) if batches]
         table = pa.concat_tables(tables) if tables else file.schema_arrow.empty_table()
+        _check_unique(path, table.column_names)
         require(
             not columns or list(columns) == table.column_names,
             f"{path} has the columns {', '.join(table.column_names)}, and {read[0]} {', '.join(columns)}; give files "

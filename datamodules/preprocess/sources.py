@@ -253,3 +253,14 @@ def _named(path: str) -> Iterator[None]:
             yield
         except FileNotFoundError as error:
             raise UserError(f"{path} does not exist; check the path, or download the file") from error
+
+
+def check_line_ends(path: str, start: bytes) -> None:
+    """
+    Raises:
+        UserError: the beginning of a file of text has carriage returns and no line feed.
+    """
+    require(
+        b"\n" in start or b"\r" not in start.rstrip(),
+        f"{path} has carriage returns as line ends; make them line feeds: tr '\\r' '\\n'",
+    )

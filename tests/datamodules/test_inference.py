@@ -164,6 +164,52 @@ def test_splits_of_files_and_columns(tmp_path: Path) -> None:
     assert schema.columns["fold"].role == "leave"
 
 
+def test_numbers_that_are_written_as_text_are_told(tmp_path: Path) -> None:
+    price, share, size = ([form.format(row) for row in range(N)] for form in ("${}.50", "{}%", "1 {:03}"))
+    columns = settings(inferred(tmp_path, rows("y,price,share,size,few", LABELS, price, share, size, FEW)))
+    assert [columns[name]["role"] for name in ("price", "share", "size", "few")] == ["leave"] * 3 + ["categorical"]
+    said = infer(tmp_path / "again.yaml", "y", [str(tmp_path / "log.csv")])
+    assert (
+        "  text         price ('$0.50'), share ('0%'), size ('1 000'): to use them as numbers, write plain ones" in said
+    )
+    mostly = ["n/a" if row % 9 == 0 else row / 7 for row in range(N)]
+    assert settings(inferred(tmp_path, rows("y,n", LABELS, mostly)))["n"] == {"role": "dense", "transform": "standard"}
+    huge = [10**20 + row % 50 for row in range(N)]
+    assert settings(inferred(tmp_path, rows("y,price", LABELS, huge)))["price"]["role"] == "categorical", "not exact"
+
+
+def test_guesses_and_missing_labels_are_reported(tmp_path: Path) -> None:
+    text = rows("y;n", LABELS, [f"{row + 1},{row:03}" for row in range(N)], separator=";")
+    for values, said in (
+        (text, "  decimal      a comma, as a guess: 1,000 is read as 1.000; if it separates thousands, remove it"),
+        (
+            text.replace("1;2,001", ";2,001").replace("0;2,001", ";2,001"),
+            "  no label     1 row: remove them from the fil",
+        ),
+    ):
+        (tmp_path / "log.csv").write_text(values)
+        (tmp_path / "s.yaml").unlink(missing_ok=True)
+        assert said in infer(tmp_path / "s.yaml", "y", [str(tmp_path / "log.csv")])
+    (tmp_path / "log.csv").write_text(text.replace(",", ",1"))
+    (tmp_path / "s.yaml").unlink()
+    assert "  decimal " not in infer(tmp_path / "s.yaml", "y", [str(tmp_path / "log.csv")])
+
+
+def test_parquet_without_rows_or_with_equal_names_and_other_line_ends(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table([pa.array([0, 1]), pa.array([1, 2]), pa.array([3, 4])], names=["y", "a", "a"]), tmp_path / "a"
+    )
+    pq.write_table(pa.table({"y": pa.array([], pa.int64())}), tmp_path / "b")
+    (tmp_path / "c").write_text("y,a\r1,x\r0,z\r")
+    for name, fault in (
+        ("a", "two columns are named 'a'; rename one of them"),
+        ("b", "has no rows; give files with rows"),
+        ("c", "has carriage returns as line ends; make them line feeds"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            read_sample([str(tmp_path / name)])
+
+
 def test_json_lists_weights_and_names_that_need_care(tmp_path: Path) -> None:
     lines = [
         {

@@ -640,7 +640,8 @@ def test_report_fits_80_columns_and_says_what_it_counts(tmp_path: Path) -> None:
     text = " ".join(" ".join(lines).split())
     for words in (
         "label mean: share of the rows with label 1",
-        "missing: share of the rows read without a value; values: different values; kept: values with a row of",
+        "missing: share of the rows read without a value values: different values kept: values with a row of",
+        "table rows: rows of the embedding table, with those for missing and rare values 100 rows read",
         "100 rows read, 100 rows written in",
         "GB of memory (all processes together)",
     ):
@@ -653,7 +654,10 @@ def test_command_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out, err = capsys.readouterr()
     schema = DatasetSchema.load(folder)
     assert f"{sum(schema.features.table_rows):,}" in out
-    assert "100 rows read, 100 rows written in" in out and "how rows were split: by position: the rows make 7" in out
+    assert (
+        f"100 rows read, 100 rows written to {folder} in" in out
+        and "how rows were split: by position: the rows make 7" in out
+    )
     # Values, kept values and rows are equal in number: they stand there once.
     assert ["column", "missing", "table", "rows"] in [line.split() for line in out.splitlines()]
     first, *lines = err.splitlines()
