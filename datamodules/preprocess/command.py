@@ -11,6 +11,7 @@ from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import DATASETS, PROTOCOLS
 from datamodules.preprocess.report import (
+    empty_feature_warnings,
     fit_command,
     large_number_warnings,
     one_label_warnings,
@@ -172,7 +173,8 @@ def run(args: argparse.Namespace) -> int:
             raise
     if progress.stages:
         print(render_report(schema, progress.stages, line_width(sys.stdout), args.output))
-    for warning in (*one_label_warnings(schema), *threshold_warnings(schema), *large_number_warnings(schema)):
+    kinds = (one_label_warnings, threshold_warnings, empty_feature_warnings, large_number_warnings)
+    for warning in (warning for kind in kinds for warning in kind(schema)):
         print(wrapped([f"warning: {warning}"], sys.stderr), file=sys.stderr)
     if args.vocabulary is None:
         is_small = schema.splits["train"].rows < _SMALL_LOG

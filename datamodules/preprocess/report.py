@@ -112,6 +112,13 @@ def label_mean(schema: DatasetSchema, split: str) -> float | None:
     return None if found.positives is None else found.positives / found.rows
 
 
+def empty_feature_warnings(schema: DatasetSchema) -> list[str]:
+    """Return a line if features have no value in any row."""
+    rows = sum(count for _, count in schema.report["rows_per_file"])
+    empty = [name for name, missing in schema.report["missing"].items() if rows and missing == rows]
+    return [f"no row has a value of {', '.join(empty)}: give more input, or leave it out (role leave)"] if empty else []
+
+
 def large_number_warnings(schema: DatasetSchema) -> list[str]:
     """Return a line if dense columns have numbers that are too large for some models."""
     large = schema.large_numbers
