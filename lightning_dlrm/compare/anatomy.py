@@ -106,30 +106,67 @@ def _sharding(run: Run, loads: Sequence[TableLoad], ranks: int, batch_size: int)
 # --- time of a step ---------------------------------------------------------------------------------
 
 
-def breakdown(arms: Sequence[Arm], cache: Path) -> tuple[dict[str, dict[str, float]], list[str]]:
+STEADY = 1.5
+"""Largest ratio of two times that are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Measured steps of configurations beside those of their training."""
+
+    alone: Mapping[str, Mapping[str, float]]
+    """Measured configuration -> kind of operator -> milliseconds of a step."""
+    in_training: Mapping[str, float]
+    """Configuration -> milliseconds of a step in training, in the median of its runs."""
+    notes: Sequence[str] = ()
+    """Reason for each configuration that was not measured."""
+
+    @property
+    def disturbed(self) -> list[str]:
+        """The configurations whose steps took more than 1.5 times as long alone as in training."""
+        return [arm for arm, times in self.alone.items() if _too_long(times, self.in_training[arm])]
+
+    @property
+    def slow_in_training(self) -> list[str]:
+        """The configurations whose steps took more than 1.5 times as long in training as alone."""
+        return [arm for arm, times in self.alone.items() if self.in_training[arm] > STEADY * sum(times.values()) > 0]
+
+    @property
+    def shown(self) -> Mapping[str, Mapping[str, float]]:
+        """The measured steps; empty if one of them was disturbed, because then none is to be trusted."""
+        return {} if self.disturbed else self.alone
+
+
+def _too_long(alone: Mapping[str, float], in_training: float) -> bool:
+    return 0 < STEADY * in_training < sum(alone.values())
+
+
+def measure_steps(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy], cache: Path) -> StepTimes:
     """Measure a training step of each configuration.
 
     Args:
         arms: configurations; each is measured with the settings of its first run.
-        cache: file with earlier measurements; new ones are added to it.
-
-    Returns:
-        Arm -> kind of operator -> milliseconds; and a line with the reason for each arm that was not measured.
+        anatomies: configuration -> its anatomy.
+        cache: file with earlier measurements; new ones are added to it, apart from disturbed ones.
     """
     known = _known(cache)
-    found, notes = {}, []
+    alone, notes, in_training = {}, [], {}
     for arm in arms:
+        rate = arm.median(names.SAMPLES_PER_SECOND)
+        in_training[arm.name] = 1e3 * anatomies[arm.name].batch_size / rate if rate > 0 else 0.0
         key = _key(arm)
-        if key not in known:
+        times = known.get(key)
+        if times is None or _too_long(times, in_training[arm.name]):
             why_not = _obstacle(arm.runs[0])
             if why_not:
                 notes.append(f"{arm.name}: {why_not}")
                 continue
             log.info("measuring one step of %s by operator", arm.name)
-            known[key] = measure(arm.runs[0])
-            RunFolder(cache.parent).write_json(cache.name, known)
-        found[arm.name] = known[key]
-    return found, notes
+            times = measure(arm.runs[0])
+            if not _too_long(times, in_training[arm.name]):
+                RunFolder(cache.parent).write_json(cache.name, known := known | {key: times})
+        alone[arm.name] = times
+    return StepTimes(alone=alone, in_training=in_training, notes=notes)
 
 
 def _known(cache: Path) -> dict[str, dict[str, float]]:

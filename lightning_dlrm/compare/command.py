@@ -14,7 +14,7 @@ import torch
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.parser import WandbSettings
 from lightning_dlrm.cli.trust import admit_file, trust_options
-from lightning_dlrm.compare.anatomy import anatomy, breakdown
+from lightning_dlrm.compare.anatomy import anatomy, measure_steps
 from lightning_dlrm.compare.experiment import (
     EXPECTED,
     PlannedArm,
@@ -26,7 +26,7 @@ from lightning_dlrm.compare.experiment import (
 from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.options import Split, make_parser
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs
-from lightning_dlrm.compare.ranking import title_of
+from lightning_dlrm.compare.ranking import answer, title_of
 from lightning_dlrm.compare.report import arms_table, closing_words, page_of, write_report
 from lightning_dlrm.compare.results import check_data, compare
 from lightning_dlrm.compare.runs import Arm, arms_of, read_run
@@ -237,13 +237,14 @@ def _report(
     scores = {run.name: read_scores(_scores(output, run.name), samples[run.final["data_fingerprint"]]) for run in runs}
     comparison = compare(arms, scores, title=title_of(arms), split=options.split, warnings=warnings)
     anatomies = {arm.name: anatomy(arm.runs[0]) for arm in arms}
-    times, notes = breakdown(arms, output / "operators.json")
-    pictures = draw_all(comparison, anatomies, times, output / "figures")
+    steps = measure_steps(arms, anatomies, output / "operators.json")
+    pictures = draw_all(comparison, anatomies, steps, output / "figures")
     html, document = output / "report.html", output / "report.json"
-    write_report(comparison, pictures, anatomies, notes, html, times)
-    document.write_text(json.dumps(comparison.document(), indent=1) + "\n")
+    write_report(comparison, pictures, anatomies, steps, html)
+    found = {"answer": " ".join(answer(comparison)), **comparison.document()}
+    document.write_text(json.dumps(found, indent=1) + "\n")
     print(closing_words(comparison, output))
-    return page_of(comparison, pictures, anatomies, times, [html, document])
+    return page_of(comparison, pictures, anatomies, steps.shown, [html, document])
 
 
 def _to_wandb(page: ComparisonPage, settings: Mapping[str, Any], output: Path, runs_too: bool = False) -> str:

@@ -1,7 +1,7 @@
 """Figures of what the configurations of a comparison cost: time, memory, parameters, operators, load of each rank."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,44 +15,11 @@ from lightning_dlrm.cli.plan_report import PLOT_WIDTH as PLAN_WIDTH
 from lightning_dlrm.cli.plan_report import draw as draw_plan
 from lightning_dlrm.compare.anatomy import ROUNDS, STEPS, Anatomy, merge_equal
 from lightning_dlrm.compare.drawing import Drawing, Picture
-from lightning_dlrm.compare.ranking import ranked
-from lightning_dlrm.compare.results import STEADY, Comparison
+from lightning_dlrm.compare.numbers import decimals
 from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.tracking import names
 
 _TABLES_SHOWN = 10
-
-
-class Disturbed(NamedTuple):
-    """Configurations whose steps were disturbed by other work on the machine."""
-
-    in_training: list[str]
-    """Steps took more than 1.5 times as long in training, in the median of the runs, as alone."""
-    alone: list[str]
-    """Steps took more than 1.5 times as long alone as in training."""
-
-
-def disturbed(
-    comparison: Comparison, anatomies: Mapping[str, Anatomy], operators: Mapping[str, Mapping[str, float]]
-) -> Disturbed:
-    """Return the configurations whose steps were disturbed, in training or when they were measured alone.
-
-    Args:
-        comparison: result of the comparison.
-        anatomies: configuration -> its anatomy.
-        operators: measured configuration -> kind of operator -> milliseconds of a step.
-    """
-    alone = {arm: sum(kinds.values()) for arm, kinds in operators.items()}
-    found = Disturbed([], [])
-    for arm in ranked(comparison):
-        rate = arm.median(names.SAMPLES_PER_SECOND)
-        if arm.name in alone and rate > 0 and alone[arm.name] > 0:
-            ratio = 1e3 * anatomies[arm.name].batch_size / rate / alone[arm.name]
-            if ratio > STEADY:
-                found.in_training.append(arm.name)
-            elif ratio < 1 / STEADY:
-                found.alone.append(arm.name)
-    return found
 
 
 class CostDrawing(Drawing):
@@ -168,7 +135,8 @@ class CostDrawing(Drawing):
         figure, (axes,) = self.panels(1, (1.5 if self.narrow else 0.9) + 0.3 * len(operators))
         measured = [arm.name for arm in self.arms if arm.name in operators]
         amounts = {kind: [operators[arm][kind] for arm in measured] for kind in KINDS}
-        self._stack(axes, measured, amounts, "{:.2f}", "milliseconds of a training step")
+        digits = decimals([sum(operators[arm].values()) for arm in measured])
+        self._stack(axes, measured, amounts, f"{{:,.{digits}f}}", "milliseconds of a training step")
         return self.save(
             figure,
             "operators",

@@ -13,11 +13,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from lightning_dlrm.compare.anatomy import Anatomy
-from lightning_dlrm.compare.cost_figures import CostDrawing, disturbed
+from lightning_dlrm.compare.anatomy import Anatomy, StepTimes
+from lightning_dlrm.compare.cost_figures import CostDrawing
 from lightning_dlrm.compare.drawing import SETTINGS, Drawing, Picture
+from lightning_dlrm.compare.pairs import METRIC_TITLES
 from lightning_dlrm.compare.ranking import is_figure5
-from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
+from lightning_dlrm.compare.results import CLICK_RATE_ALONE, Comparison
 from lightning_dlrm.compare.runs import Arm
 from lightning_dlrm.compare.statistics import HIGHER_IS_BETTER, Score
 from lightning_dlrm.tracking import names
@@ -38,7 +39,7 @@ _LEVEL_LOOK: dict[str, Any] = {"color": "0.45", "linestyle": (0, (1, 1.5)), "lin
 def draw_all(
     comparison: Comparison,
     anatomies: Mapping[str, Anatomy],
-    operators: Mapping[str, Mapping[str, float]],
+    steps: StepTimes,
     folder: Path,
 ) -> list[Picture]:
     """Draw every figure.
@@ -46,7 +47,7 @@ def draw_all(
     Args:
         comparison: result of the comparison.
         anatomies: configuration -> its anatomy.
-        operators: measured configuration -> kind of operator -> milliseconds of a step.
+        steps: times of a step.
         folder: folder of the files.
     """
     # The narrow figures first: the page looks for them beside the files of the wide figures.
@@ -57,11 +58,11 @@ def draw_all(
             pictures += [drawing.figure5(), drawing.curves("log_loss")]
             pictures += [
                 drawing.calibration(),
-                costs.cost(not disturbed(comparison, anatomies, operators).in_training),
+                costs.cost(not steps.slow_in_training),
                 costs.parameters(anatomies),
             ]
-            if operators:
-                pictures.append(costs.operators(operators))
+            if steps.shown:
+                pictures.append(costs.operators(steps.shown))
     return pictures + costs.plans(anatomies)
 
 
@@ -165,7 +166,7 @@ class _ResultDrawing(Drawing):
         return found
 
     def _constant_answer(self, axes: Axes) -> list[Artist]:
-        """Draw the accuracy on the validation split of a model that always gives the more frequent answer.
+        """Draw the accuracy of the click rate alone on the validation split.
 
         Returns:
             Its line, for a legend; none if it is not known.
@@ -174,8 +175,8 @@ class _ResultDrawing(Drawing):
         loss, normalized = (final.get(f"{names.VALIDATION}/{metric}") for metric in ("log_loss", "normalized_entropy"))
         if not (loss and normalized) or self.comparison.warnings:
             return []
-        answer = "never" if self.comparison.click_rate < 0.5 else "always"
-        return [axes.axhline(majority(loss / normalized), label=f"{answer} a click, validation", **_LEVEL_LOOK)]
+        label = f"{CLICK_RATE_ALONE}, validation"
+        return [axes.axhline(majority(loss / normalized), label=label, **_LEVEL_LOOK)]
 
     def _panels(self) -> dict[str, list[Arm]]:
         """Group configurations by optimizer, if each optimizer has several; else all in one panel."""
@@ -289,9 +290,8 @@ class _ResultDrawing(Drawing):
                 )
                 if len(values) > 1:
                     axes.plot(np.mean(values), row, "|", color=style["color"], markersize=12, markeredgewidth=1.5)
-            if metric == "accuracy":
-                rate = comparison.click_rate
-                axes.axvline(max(rate, 1 - rate), **_LEVEL_LOOK)
+            if metric == "accuracy" and comparison.click_rate_alone:
+                axes.axvline(comparison.click_rate_alone[metric], **_LEVEL_LOOK)
             self.rows(axes, [arm.name for arm in self.arms], METRIC_TITLES[metric])
             axes.locator_params(axis="x", nbins=4)
         return self.save(
@@ -300,7 +300,7 @@ class _ResultDrawing(Drawing):
             "Results of every seed",
             f"On the {comparison.split} split: a mark for each run"
             + ("." if comparison.one_seed else ", a bar for the mean of a configuration.")
-            + " Dotted: the accuracy of always giving the more frequent answer.",
+            + f" Dotted: the accuracy of the {CLICK_RATE_ALONE}." * bool(comparison.click_rate_alone),
         )
 
     def calibration(self) -> Picture:

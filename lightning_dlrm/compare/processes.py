@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -53,6 +54,8 @@ class _Running:
     log: IO[bytes]
     lock: FolderLock
     process: subprocess.Popen[bytes] | None = None
+    began: int = 0
+    """Size of the log when the process began."""
 
 
 def device_environments(parallel: int | None, gpus: Sequence[str]) -> list[dict[str, str]]:
@@ -136,6 +139,7 @@ def _begin(job: Job, slot: int) -> _Running:
 
 def _next_command(each: _Running, environment: Mapping[str, str]) -> None:
     arguments = each.waiting.pop(0)
+    each.began = each.job.log.stat().st_size
     each.process = subprocess.Popen(
         [sys.executable, "-m", "lightning_dlrm", *arguments],
         stdin=subprocess.DEVNULL,
@@ -173,10 +177,11 @@ def _last_line(log: Path) -> str:
     return (errors or said or ["no output"])[-1].removeprefix("error: ")
 
 
-def _tail(path: Path) -> str:
+def _tail(path: Path, first: int = 0) -> str:
+    """Return the end of a file, from byte ``first`` on."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            file.seek(max(first, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             return file.read().decode(errors="replace")
     except OSError:
         return ""
@@ -215,9 +220,12 @@ class _Progress:
         at = []
         for each in running:
             job = each.job
-            self._seen[job.name] = min(trained_samples(job.run), job.samples)
-            share = f" {100 * self._seen[job.name] / job.samples:.0f}%" if 0 < job.samples < float("inf") else ""
-            at.append(f"{job.name}{share if each.waiting else ': scoring'}")
+            seen, total, phase = min(trained_samples(job.run), job.samples), job.samples, ""
+            self._seen[job.name] = seen
+            if not each.waiting:
+                seen, total, phase = job.scored * scored_share(job.log, each.began), job.scored, ": scoring"
+                self._seen[job.name] += seen
+            at.append(f"{job.name}{phase}" + (f" {100 * seen / total:.0f}%" if 0 < total < float("inf") else ""))
         self._bar.set_postfix_str(", ".join([f"{self._finished}/{len(self._jobs)} runs", *at]), False)
         # The time changes even if no sample is new.
         self._bar.update(int(sum(self._seen.values())) - self._bar.n)
@@ -225,6 +233,12 @@ class _Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def scored_share(log: Path, first: int) -> float:
+    """Return the share of its batches that a running ``predict`` has logged, from byte ``first`` of its log on."""
+    counts = re.findall(r"^predict .* batches (\d+)/([1-9]\d*) ", _tail(log, first), re.MULTILINE)
+    return int(counts[-1][0]) / int(counts[-1][1]) if counts else 0.0
 
 
 def trained_samples(run: Path) -> float:

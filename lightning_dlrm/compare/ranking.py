@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_dlrm.compare.results import Comparison, Pair, sample_counts
+from lightning_dlrm.compare.pairs import Pair
+from lightning_dlrm.compare.results import Comparison, sample_counts
 from lightning_dlrm.compare.runs import Arm, by_data
 from lightning_dlrm.compare.statistics import Interval, Metric, Score
 
@@ -86,17 +87,19 @@ def pair_of(comparison: Comparison, one: Arm, other: Arm, metric: Metric = "auc"
     )
 
 
-def with_spread(comparison: Comparison, arm: Arm, metric: Score, digits: int = 5) -> str:
-    """Return a configuration's mean of a metric, with the standard deviation over its seeds in
-    brackets, both with the same number of decimals."""
-    values = comparison.values(arm, metric)
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    spread = float(np.std(values, ddof=1))
-    if spread:
+def with_spread(comparison: Comparison, metric: Score, digits: int = 5) -> list[str]:
+    """Return the mean of a metric of each ranked configuration, with the standard deviation over its seeds in brackets;
+    then that of the click rate alone. All have the same number of decimals."""
+    found = [comparison.values(arm, metric) for arm in ranked(comparison)]
+    spreads = [float(np.std(values, ddof=1)) if len(values) > 1 else None for values in found]
+    if least := min(filter(None, spreads), default=0.0):
         # Enough for a digit that is not 0.
-        digits = max(digits, -math.floor(math.log10(spread)))
-    return f"{np.mean(values):.{digits}f} ({spread:.{digits}f})"
+        digits = max(digits, -math.floor(math.log10(least)))
+    cells = [
+        f"{np.mean(values):.{digits}f}" + ("" if spread is None else f" ({spread:.{digits}f})")
+        for values, spread in zip(found, spreads, strict=True)
+    ]
+    return [*cells, *(f"{value:.{digits}f}" for name, value in comparison.click_rate_alone.items() if name == metric)]
 
 
 def behind(comparison: Comparison, arm: Arm) -> str:
@@ -127,21 +130,76 @@ def _digits(interval: Interval) -> int:
 
 
 def answer(comparison: Comparison) -> tuple[str, str]:
-    """Return which configuration is best, in one sentence; then by how much and how surely, what the log loss says, on
-    what data, and whether training was unequal."""
+    """Return which configuration is best, in one sentence, after those that did not train; then by how much and how
+    surely, what the log loss says, on what data, and whether training was unequal."""
     on = f"Scored on {comparison.scored}{_demo(comparison)}.{_unequal(comparison)}"
+    failed, advice = _untrained(comparison)
     if comparison.warnings:
-        return "No ranking: the runs are of different data.", on
+        head, more = "No ranking: the runs are of different data.", ""
+    elif sum(len(comparison.random_runs(arm)) < len(arm.runs) for arm in comparison.arms) < 2:
+        # Between a model and none, or between none and none.
+        head, more = "This is not a comparison of models.", _highest(comparison)
+    else:
+        head, more = _verdict(comparison)
+    return " ".join(filter(None, [failed, head])), " ".join(filter(None, [advice, more, on]))
+
+
+def _untrained(comparison: Comparison) -> tuple[str, str]:
+    """Return which configurations did not train, all of their seeds or some, and what to look at; empty if all did."""
+    wholly: dict[str, str] = {}
+    sentences, found = [], []
+    for arm in ranked(comparison):
+        runs = comparison.random_runs(arm)
+        if not runs:
+            continue
+        found.append(arm.name)
+        if len(runs) == len(arm.runs):
+            wholly[arm.name] = f"{np.mean(comparison.values(arm, 'auc')):.4f}"
+        else:
+            seeds = f"seed{'s' * (len(runs) > 1)} {_listed([str(run.seed) for run in runs])}"
+            sentences.append(f"{arm.name} did not train with {seeds}: AUC no better than random; its mean includes it.")
+    if wholly:
+        its = "its AUC of" if len(wholly) == 1 else "their AUCs of"
+        verb = "is" if len(wholly) == 1 else "are"
+        sentences.insert(
+            0,
+            f"{_listed(list(wholly))} did not train: {its} {_listed(list(wholly.values()))} {verb} no better than "
+            "random.",
+        )
+    if not found:
+        return "", ""
+    chance = comparison.scores[comparison.runs[0].name].samples.chance
+    return " ".join(sentences), (
+        f"Random predictions for these samples have an AUC of 0.5, give or take {chance:.4f}. Look at the training log "
+        f"loss of {_listed(found)} in the report: if it hardly changed, train longer or with higher learning rates; "
+        "if it rose or jumped, with lower ones."
+    )
+
+
+def _highest(comparison: Comparison) -> str:
+    """Return which configuration has the highest AUC, and how far it is above the second."""
+    first, second, *_ = ranked(comparison)
+    return f"{first.name} has the highest AUC, {_mean_auc(comparison, first)}, {_above(comparison, first, second)}."
+
+
+def _mean_auc(comparison: Comparison, arm: Arm) -> str:
+    return f"{np.mean(comparison.values(arm, 'auc')):.4f}"
+
+
+def _above(comparison: Comparison, first: Arm, second: Arm) -> str:
+    amount, interval = distance(pair_of(comparison, first, second).interval).split(" ", 1)
+    return f"{amount} above {second.name} (95% interval {interval.strip('()')})"
+
+
+def _verdict(comparison: Comparison) -> tuple[str, str]:
+    """Return which of the configurations is best, in one sentence; then by how much and how surely."""
     first, second, *_ = arms = ranked(comparison)
     pairs = [pair_of(comparison, first, arm) for arm in arms[1:]]
-    near = pairs[0]
-    auc = f"{np.mean(comparison.values(first, 'auc')):.4f}"
-    amount, interval = distance(near.interval).split(" ", 1)
-    above = f"{amount} above {second.name} (95% interval {interval.strip('()')})"
+    auc, above = _mean_auc(comparison, first), _above(comparison, first, second)
     undecided = [pair for pair in pairs if not (pair.decided or pair.single)]
     single = [pair.loser for pair in pairs if pair.single]
     lead = ""
-    if near.single and not undecided:
+    if pairs[0].single and not undecided:
         head = f"No verdict from one seed: {first.name} has the highest AUC, {auc}."
         lead = f"It is {above}, without the variation over seeds; train more: {_more_seeds(comparison)}."
     elif undecided:
@@ -152,11 +210,11 @@ def answer(comparison: Comparison) -> tuple[str, str]:
         head = f"{first.name} wins: AUC {auc}, {above}, {_seeds(comparison)}."
         if single:
             head += f" With one seed there is no verdict against {_listed(single)}."
-    return head, " ".join(filter(None, [lead, _by_log_loss(comparison, first, second), on]))
+    return head, " ".join(filter(None, [lead, _by_log_loss(comparison, first, second)]))
 
 
 def _undecided_lead(comparison: Comparison, undecided: Sequence[Pair]) -> str:
-    """Return what follows the lead over the second: over which others it has no verdict, and why."""
+    """Return what follows the lead over the second: over which others it has no verdict, why, and what gives one."""
     # An interval may exclude 0 without a verdict.
     excluding = [pair.loser for pair in undecided if pair.unadjusted != pair.verdict]
     level = [pair.loser for pair in undecided if pair.unadjusted == pair.verdict]
@@ -164,12 +222,16 @@ def _undecided_lead(comparison: Comparison, undecided: Sequence[Pair]) -> str:
     if excluding:
         leads, intervals = ("lead over", "has an interval") if len(excluding) == 1 else ("leads over", "have intervals")
         verdicts = sum(not pair.single for pair in comparison.pairs)
-        seeds = _seeds(comparison).removesuffix(" each")
         text += (
-            f" Its {leads} {_listed(excluding)} {intervals} above 0, but after adjustment for {verdicts} "
-            f"comparisons {seeds} are too few for a verdict; train more: {_more_seeds(comparison)}."
+            f" Its {leads} {_listed(excluding)} {intervals} above 0, but after adjustment for {verdicts} comparisons "
+            "that is not enough for a verdict."
         )
-    return text
+    if undecided[0].difference.mostly_seeds:
+        return f"{text} Most of the uncertainty comes from the seeds; train more: {_more_seeds(comparison)}."
+    return (
+        f"{text} Most of the uncertainty comes from the test samples: a larger {comparison.split} split makes it "
+        "smaller; more seeds hardly do."
+    )
 
 
 def _decided(comparison: Comparison, metric: Metric, except_pair: Pair | None = None) -> list[str]:

@@ -1,7 +1,8 @@
 """The result of a comparison: ``report.html``, one file that opens without a network; a page at W&B; text."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import jinja2
@@ -9,12 +10,13 @@ import numpy as np
 
 from lightning_dlrm.bench.breakdown import KINDS
 from lightning_dlrm.cli.report import rounded
-from lightning_dlrm.compare.anatomy import Anatomy
-from lightning_dlrm.compare.cost_figures import disturbed
+from lightning_dlrm.compare.anatomy import Anatomy, StepTimes
 from lightning_dlrm.compare.drawing import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.experiment import PlannedArm
+from lightning_dlrm.compare.numbers import in_column, p_text
+from lightning_dlrm.compare.pairs import METRIC_TITLES, Pair
 from lightning_dlrm.compare.ranking import answer, behind, distances, pair_of, ranked, with_spread
-from lightning_dlrm.compare.results import METRIC_TITLES, Comparison, Pair, sample_counts, span
+from lightning_dlrm.compare.results import CLICK_RATE_ALONE, Comparison, sample_counts, span
 from lightning_dlrm.compare.runs import Arm, by_data, differing, format_value
 from lightning_dlrm.compare.statistics import Score
 from lightning_dlrm.contracts.terminal import aligned, emphasized, wrapped
@@ -31,9 +33,8 @@ def write_report(
     comparison: Comparison,
     pictures: Sequence[Picture],
     anatomies: Mapping[str, Anatomy],
-    operator_notes: Sequence[str],
+    steps: StepTimes,
     path: Path,
-    operators: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
     """Write the report.
 
@@ -41,15 +42,14 @@ def write_report(
         comparison: result of the comparison.
         pictures: figures in their order, which are embedded in the file.
         anatomies: configuration -> its anatomy.
-        operator_notes: reason for each configuration whose operators were not measured.
+        steps: times of a step.
         path: HTML file.
-        operators: measured configuration -> kind of operator -> milliseconds of a step.
     """
-    alone = {arm: sum(kinds.values()) for arm, kinds in (operators or {}).items()}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     head, more = answer(comparison)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         comparison=comparison,
+        p_text=p_text,
         head=head,
         more=more,
         ranking=_ranking(comparison),
@@ -59,16 +59,15 @@ def write_report(
         metric_titles=METRIC_TITLES,
         optimum=names.OPTIMUM_AUC,
         scores=_summary(comparison),
-        costs=_costs(comparison, anatomies, alone),
-        disturbed=disturbed(comparison, anatomies, operators or {}),
+        costs=_costs(comparison, anatomies, steps),
+        steps=steps,
         pictures={name: [found for found in pictures if found.name == name] for name in names.COMPARISON_FIGURES},
         page_width=PAGE_WIDTH,
-        operator_notes=operator_notes,
-        operators=_operators(comparison, operators or {}),
-        parameters=_parameters(comparison.arms, anatomies),
+        operators=_operators(comparison, steps.shown),
+        parameters=_parameters(ranked(comparison), anatomies),
         settings=[
-            ["setting", *(arm.name for arm in comparison.arms)],
-            *([_short(key), *cells] for key, *cells in _differing(comparison.arms)),
+            ["setting", *(arm.name for arm in ranked(comparison))],
+            *([_short(key), *cells] for key, *cells in _differing(ranked(comparison))),
         ],
         runs=_runs(comparison),
     )
@@ -79,20 +78,27 @@ def _ranking(comparison: Comparison) -> list[list[str]]:
     """Return the configurations with their scores, the highest AUC first; the first row has the titles."""
     first = ranked(comparison)[0]
     rows = [["configuration", "AUC", "behind the first (95% interval)", "verdict", "log loss"]]
-    for arm in ranked(comparison):
+    aucs, losses = (with_spread(comparison, metric, 4) for metric in ("auc", "log_loss"))
+    for arm, auc, loss in zip(ranked(comparison), aucs, losses, strict=False):
         is_behind = behind(comparison, arm)
         pair = pair_of(comparison, first, arm) if is_behind else None
-        verdict = "" if pair is None else _verdict_on_loser(pair)
-        scores = [with_spread(comparison, arm, metric, 4) for metric in ("auc", "log_loss")]
-        rows.append([arm.name, scores[0], is_behind, verdict, scores[1]])
+        rows.append([arm.name, auc, is_behind, _verdict_on(comparison, arm, pair), loss])
+    if comparison.click_rate_alone:
+        rows.append([CLICK_RATE_ALONE, aucs[-1], "", "", losses[-1]])
     return rows
 
 
-def _verdict_on_loser(pair: Pair) -> str:
-    """Return the verdict on the side with the worse mean, with its adjusted p."""
-    if pair.single:
-        return pair.word
-    return f"{'worse' if pair.decided else 'no verdict'} (p {pair.p_adjusted:.2g})"
+def _verdict_on(comparison: Comparison, arm: Arm, pair: Pair | None) -> str:
+    """Return the verdict on a configuration against the first, with its adjusted p, and whether it trained."""
+    random = len(comparison.random_runs(arm))
+    if random == len(arm.runs):
+        return "did not train"
+    verdict = ""
+    if pair is not None:
+        verdict = f"{'worse' if pair.decided else 'no verdict'} (p {p_text(pair.p_adjusted)})"
+        verdict = pair.word if pair.single else verdict
+    failed = f"{random} of {len(arm.runs)} seeds did not train" if random else ""
+    return "; ".join(filter(None, [verdict, failed]))
 
 
 def _overlapping(comparison: Comparison) -> bool:
@@ -111,70 +117,55 @@ def _overlapping(comparison: Comparison) -> bool:
 def _summary(comparison: Comparison) -> list[list[str]]:
     """Return every score of every configuration, a row each; the first row has the titles."""
     titles, best = _titles(comparison), f"{names.VALIDATION}/auc"
-    rows = [["configuration", *titles.values(), "best validation AUC"]]
-    for arm in ranked(comparison):
-        rows.append(
-            [
-                arm.name,
-                *(with_spread(comparison, arm, metric) for metric in titles),
-                f"{np.mean([run.best[best] for run in arm.runs]):.5f}",
-            ]
+    arms = ranked(comparison)
+    columns = [
+        [*(arm.name for arm in arms), *[CLICK_RATE_ALONE] * bool(comparison.click_rate_alone)],
+        *(with_spread(comparison, metric) for metric in titles),
+        [f"{np.mean([run.best[best] for run in arm.runs]):.5f}" for arm in arms],
+    ]
+    titles_row = ["configuration", *titles.values(), "best validation AUC"]
+    return [titles_row, *(list(row) for row in zip_longest(*columns, fillvalue=""))]
+
+
+def _costs(comparison: Comparison, anatomies: Mapping[str, Anatomy], steps: StepTimes) -> list[list[str]]:
+    """Return time, memory and size of every configuration, a row each; the first row has the titles."""
+    arms = ranked(comparison)
+
+    def rates(name: str, of: Callable[[Arm, float], float]) -> list[str]:
+        """Return a column of times or rates: the medians, or, if they vary, the lowest and the highest."""
+        steady = comparison.steady(name)
+        return in_column(
+            [sorted(of(arm, end) for end in ([arm.median(name)] if steady else span(arm, name)) if end) for arm in arms]
         )
-    return rows
 
+    def vary(name: str) -> str:
+        return "" if comparison.steady(name) else " (lowest to highest)"
 
-def _costs(comparison: Comparison, anatomies: Mapping[str, Anatomy], alone: Mapping[str, float]) -> list[list[str]]:
-    """Return time, memory and size of every configuration, a row each; the first row has the titles.
-
-    Args:
-        comparison: result of the comparison.
-        anatomies: configuration -> its anatomy.
-        alone: measured configuration -> milliseconds of a step outside training.
-    """
-    times = {names.TRAINING_SECONDS: "training, s", names.SAMPLES_PER_SECOND: "samples/s"}
-    titles = [f"{title}{'' if comparison.steady(name) else ' (not comparable)'}" for name, title in times.items()]
-    steps = ["step in training, ms", "step alone, ms"] if alone else []
-    rows = [
-        ["configuration", "samples", *titles, *steps, "peak memory, GiB", "parameters",
-         "training FLOPs per sample, dense parts"]
-    ]  # fmt: skip
-    for arm in ranked(comparison):
-        rows.append(
-            [
-                arm.name,
-                sample_counts(arm),
-                *(_time(comparison, arm, name) for name in times),
-                *(_steps(comparison, anatomies, arm, alone) if alone else []),
-                f"{arm.median(names.PEAK_MEMORY) / 2**30:.2f}",
-                f"{arm[names.PARAMETERS_TOTAL]:,}",
-                f"{arm[names.FLOPS_TRAINING]:,}" if arm[names.FLOPS_TRAINING] else "unknown",
-            ]
+    columns = {
+        "configuration": [arm.name for arm in arms],
+        "samples": [sample_counts(arm) for arm in arms],
+        f"seconds of training{vary(names.TRAINING_SECONDS)}": rates(names.TRAINING_SECONDS, lambda _, value: value),
+        f"samples per second{vary(names.SAMPLES_PER_SECOND)}": rates(names.SAMPLES_PER_SECOND, lambda _, value: value),
+    }
+    if steps.shown:
+        columns["step in training (milliseconds)"] = rates(
+            names.SAMPLES_PER_SECOND, lambda arm, value: 1e3 * anatomies[arm.name].batch_size / value
         )
-    return rows
-
-
-def _steps(comparison: Comparison, anatomies: Mapping[str, Anatomy], arm: Arm, alone: Mapping[str, float]) -> list[str]:
-    """Return the milliseconds of a step in a configuration's training, and alone."""
-    ends = dict.fromkeys(rounded(time) for time in _step_times(comparison, anatomies, arm))
-    return [" to ".join(ends), rounded(alone[arm.name]) if arm.name in alone else "-"]
-
-
-def _step_times(comparison: Comparison, anatomies: Mapping[str, Anatomy], arm: Arm) -> list[float]:
-    """Return the milliseconds of a step in a configuration's training: the median, or, if they vary, both ends."""
-    steady = comparison.steady(names.SAMPLES_PER_SECOND)
-    rates = [arm.median(names.SAMPLES_PER_SECOND)] if steady else span(arm, names.SAMPLES_PER_SECOND)[::-1]
-    return [1e3 * anatomies[arm.name].batch_size / rate for rate in rates if rate]
+        columns["step alone (milliseconds)"] = in_column(
+            [[sum(steps.shown[arm.name].values())] if arm.name in steps.shown else [] for arm in arms]
+        )
+    columns |= {
+        "peak memory (GiB)": in_column([[arm.median(names.PEAK_MEMORY) / 2**30] for arm in arms]),
+        "parameters": [f"{arm[names.PARAMETERS_TOTAL]:,}" for arm in arms],
+        "FLOPs of a training sample": [
+            f"{arm[names.FLOPS_TRAINING]:,}" if arm[names.FLOPS_TRAINING] else "unknown" for arm in arms
+        ],
+    }
+    return [list(columns), *(list(row) for row in zip(*columns.values(), strict=True))]
 
 
 def _titles(comparison: Comparison) -> dict[Score, str]:
     return {metric: METRIC_TITLES[metric] for metric in comparison.metrics}
-
-
-def _time(comparison: Comparison, arm: Arm, name: str) -> str:
-    if comparison.steady(name):
-        return rounded(arm.median(name))
-    ends = dict.fromkeys(rounded(value) for value in span(arm, name))
-    return " to ".join(ends)
 
 
 def _parameters(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy]) -> list[list[str]]:
@@ -195,9 +186,13 @@ def _parameters(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy]) -> list[l
 def _operators(comparison: Comparison, operators: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     """Return the milliseconds of a step by kind of operator, a column for each measured configuration."""
     measured = {arm.name: operators[arm.name] for arm in ranked(comparison) if arm.name in operators}
-    rows = [["milliseconds of a training step", *measured]]
-    rows += [[kind, *(f"{times[kind]:.2f}" for times in measured.values())] for kind in KINDS if measured]
-    return [*rows, ["step", *(f"{sum(times.values()):.2f}" for times in measured.values())]] if measured else rows
+    if not measured:
+        return []
+    columns = [in_column([[t] for t in (*times.values(), sum(times.values()))]) for times in measured.values()]
+    return [
+        ["milliseconds of a training step", *measured],
+        *(list(row) for row in zip([*KINDS, "step"], *columns, strict=True)),
+    ]
 
 
 def _differing(arms: Sequence[Arm] | Sequence[PlannedArm]) -> list[list[str]]:
@@ -333,14 +328,14 @@ def closing_words(comparison: Comparison, output: Path) -> str:
     columns: list[Score] = ["auc", "log_loss", "accuracy", "calibration"]
     if "group_auc" in comparison.metrics:
         columns[-1] = "group_auc"
-    rows = [["", *(METRIC_TITLES[name] for name in columns), "samples/s", "validation"]]
-    steady = comparison.steady(names.SAMPLES_PER_SECOND)
+    rows = [["", *(METRIC_TITLES[name] for name in columns), "validation"]]
     for arm in ranked(comparison):
         values = (f"{np.mean(comparison.values(arm, name)):.5f}" for name in columns)
-        speed = rounded(arm.median(names.SAMPLES_PER_SECOND)) if steady else ""
         course = _mean_course(arm, f"{names.VALIDATION}/auc")
         # One value is no course.
-        rows.append([arm.name, *values, speed, sparkline(course, SPARK_WIDTH) if len(course) > 1 else ""])
+        rows.append([arm.name, *values, sparkline(course, SPARK_WIDTH) if len(course) > 1 else ""])
+    if alone := comparison.click_rate_alone:
+        rows.append([CLICK_RATE_ALONE, *(f"{alone[name]:.5f}" for name in columns), ""])
     seeds = ", ".join(dict.fromkeys(str(len(arm.runs)) for arm in comparison.arms))
     of = "one seed each" if comparison.one_seed else f"means over the seeds ({seeds})"
     head, more = answer(comparison)
@@ -354,7 +349,6 @@ def closing_words(comparison: Comparison, output: Path) -> str:
             *aligned(rows),
             f"{of}, on the {comparison.split} split"
             + ("; validation: the course of the AUC" if any(row[-1] for row in rows[1:]) else ""),
-            *([] if steady else ["samples/s are not comparable: seeds differ by a factor of more than 1.5"]),
             *filter(None, [comparison.groups_note]),
             "",
             *_differences(comparison),
@@ -376,7 +370,7 @@ def _differences(comparison: Comparison) -> list[str]:
         rows = [[f"difference in {METRIC_TITLES[metric]}", "first - second (95% interval)", "p", "verdict"]]
         for pair, shown in zip(pairs, distances(pairs), strict=True):
             word = "better" if pair.decided else "-"
-            rows.append([f"{pair.winner} - {pair.loser}", shown, f"{pair.p_adjusted:.2g}", word])
+            rows.append([f"{pair.winner} - {pair.loser}", shown, p_text(pair.p_adjusted), word])
         lines += [*aligned(rows, left=(0, 3)), ""]
     return [*lines, "p is adjusted; - means not distinguishable, even if the interval excludes 0"]
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from lightning_dlrm.cli.report import published_notes
+from lightning_dlrm.compare.anatomy import STEADY
 from lightning_dlrm.compare.options import Split
+from lightning_dlrm.compare.pairs import Pair, make_pair, same_data, with_one_seed
 from lightning_dlrm.compare.runs import Arm, Run, by_data, data_differences
 from lightning_dlrm.compare.scores import Scores
 from lightning_dlrm.compare.statistics import (
-    HIGHER_IS_BETTER,
     METRICS,
     SCORES,
     UNGROUPED_SCORES,
@@ -23,125 +24,14 @@ from lightning_dlrm.compare.statistics import (
     Metric,
     Reliability,
     Score,
-    Verdict,
     components,
     difference,
     holm,
     mean_interval,
     reliability,
-    verdict,
 )
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.tracking import names
-
-METRIC_TITLES: Mapping[Score, str] = {score: names.title_of(score) for score in SCORES}
-
-
-OTHER_DATA = (
-    "their data differ, so they share no sample, the interval takes the sides as independent, and the difference is of "
-    "data and models together"
-)
-"""Meaning of an interval if --force compares runs of different data."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two configurations under one metric."""
-
-    a: str
-    b: str
-    metric: Metric
-    difference: Difference
-    """The difference a minus b."""
-    verdict: Verdict
-    """By ``p_adjusted``; ``none`` if a side has one seed."""
-    unadjusted: Verdict
-    """By the p-value of the difference alone."""
-    p_adjusted: float | None
-    """The p-value of the difference, adjusted for all verdicts of the comparison; None without a verdict."""
-    reason: str
-    """Reason of the verdict, as text."""
-    single: Sequence[str]
-    """Names of the sides with one seed."""
-    same_data: bool
-    """Whether both sides were trained and scored on the same data."""
-
-    @property
-    def word(self) -> str:
-        """Return the verdict on the winner, for a table."""
-        given = "none: one seed" if self.single else "better" if self.decided else "not distinguishable"
-        return given if self.same_data else f"{given.replace('better', 'differ')} (different data)"
-
-    @property
-    def winner(self) -> str:
-        """The side with the better mean, whether or not the verdict says so."""
-        value = self.difference.interval.value
-        return self.a if not value or (value > 0) == HIGHER_IS_BETTER[self.metric] else self.b
-
-    @property
-    def loser(self) -> str:
-        """The other side."""
-        return self.b if self.winner == self.a else self.a
-
-    @property
-    def interval(self) -> Interval:
-        """The difference winner minus loser."""
-        found = self.difference.interval
-        if self.winner == self.a:
-            return found
-        return Interval(value=-found.value, low=-found.high, high=-found.low)
-
-    @property
-    def decided(self) -> bool:
-        """Whether the verdict is that the two differ."""
-        return self.verdict in ("a_better", "b_better")
-
-    @property
-    def worded(self) -> bool:
-        """Whether a sentence says more than that the two are not distinguishable."""
-        return self.decided or bool(self.single) or not self.same_data
-
-    @property
-    def headline(self) -> str:
-        """Return the verdict in a few words."""
-        title = METRIC_TITLES[self.metric]
-        if self.single:
-            return f"{self.winner} and {self.loser} by {title}: no verdict"
-        if not self.same_data:
-            found = "differ" if self.decided else "are not distinguishable"
-            return f"{title} of {self.a} and of {self.b}, each on its own data, {found}"
-        if not self.decided:
-            return f"{self.winner} and {self.loser} are not distinguishable by {title}"
-        return f"{self.winner} is better than {self.loser} by {title}"
-
-    @property
-    def details(self) -> str:
-        """Return the numbers behind the verdict."""
-        interval = self.interval
-        word = "higher" if HIGHER_IS_BETTER[self.metric] else "lower"
-        span = f"95% interval {interval.low:+.5f} to {interval.high:+.5f}"
-        difference = f"{self.winner} minus {self.loser} {interval.value:+.5f}, {span}"
-        if self.single:
-            seeds = "one seed a side" if len(self.single) == 2 else f"one seed of {self.single[0]}"
-            text = (
-                f"{seeds} does not show the variation over seeds; train more seeds (--seeds) ({difference}, "
-                "without this variation)"
-            )
-            return text if self.same_data else f"{text}; {OTHER_DATA}"
-        if not self.same_data:
-            return f"{difference}; {OTHER_DATA}"
-        if not self.decided:
-            return f"{self.reason} ({difference})"
-        near, far = sorted((abs(interval.low), abs(interval.high)))
-        return (
-            f"{abs(interval.value):.5f} {word}, 95% interval {near:.5f} to {far:.5f}, adjusted p {self.p_adjusted:.2g}"
-        )
-
-    @property
-    def sentence(self) -> str:
-        """Return headline and details."""
-        return f"{self.headline}: {self.details}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +98,13 @@ class Comparison:
         return f"the samples of the {self.split} splits of different data ({'; '.join(listed)})"
 
     @property
-    def click_rate(self) -> float:
-        """Share of clicks among the scored samples of the first configuration."""
-        return float(np.mean(self.scores[self.runs[0].name].samples.labels))
+    def click_rate_alone(self) -> Mapping[str, float]:
+        """Metrics of predicting the click rate of the training samples for every sample; empty if the data differ."""
+        return {} if self.warnings else self.scores[self.runs[0].name].samples.of_click_rate
+
+    def random_runs(self, arm: Arm) -> list[Run]:
+        """Return the runs of a configuration whose AUC is no better than that of random predictions."""
+        return [run for run in arm.runs if self.scores[run.name].random]
 
     @property
     def runs(self) -> list[Run]:
@@ -282,6 +176,7 @@ class Comparison:
                 "verdict": pair.verdict,
                 "verdict_unadjusted": pair.unadjusted,
                 "reason": pair.reason,
+                "did_not_train": list(pair.untrained),
                 "seed_variance": None if pair.single else pair.difference.seed_variance,
                 "sample_variance": pair.difference.sample_variance,
                 "degrees_of_freedom": (
@@ -298,15 +193,17 @@ class Comparison:
                     for metric in self.metrics
                     if (found := self.intervals[arm.name, metric])
                 },
+                "seeds_no_better_than_random": [run.seed for run in self.random_runs(arm)],
                 "published": [asdict(score) for score in arm.published],
             }
             for arm in self.arms
         ]
-        return {"runs": runs, "arms": arms, "pairs": pairs, "adjustment": "holm"}
+        alone = {f"{self.split}/{name}": value for name, value in self.click_rate_alone.items()}
+        return {"click_rate_alone": alone, "runs": runs, "arms": arms, "pairs": pairs, "adjustment": "holm"}
 
 
-STEADY = 1.5
-"""Largest ratio of two times that are compared."""
+CLICK_RATE_ALONE = "click rate alone"
+"""Name of the scores that are reached without a model."""
 
 
 def span(arm: Arm, name: str) -> tuple[float, float]:
@@ -359,12 +256,21 @@ def compare(
         for metric in METRICS:
             for a, b in combinations(arms, 2) if metric == score else ():
                 paired = a.seeds == b.seeds and len(a.seeds) > 1
-                of_pair = difference(parts[a.name], parts[b.name], paired=paired, same_samples=_same_data(a, b))
+                of_pair = difference(parts[a.name], parts[b.name], paired=paired, same_samples=same_data(a, b))
                 found.append((a, b, metric, of_pair))
-    adjusted = holm([of_pair.p for a, b, _, of_pair in found if not _single(a, b)])
+    adjusted = holm([of_pair.p for a, b, _, of_pair in found if not with_one_seed(a, b)])
     remaining = iter(adjusted)
+    untrained = [arm.name for arm in arms if all(scores[run.name].random for run in arm.runs)]
     pairs = [
-        _pair(a, b, metric, of_pair, None if _single(a, b) else next(remaining), len(adjusted))
+        make_pair(
+            a,
+            b,
+            metric,
+            of_pair,
+            p_adjusted=None if with_one_seed(a, b) else next(remaining),
+            verdicts=len(adjusted),
+            untrained=untrained,
+        )
         for a, b, metric, of_pair in found
     ]
     means = {arm.name: np.mean([scores[run.name].metrics["auc"] for run in arm.runs]) for arm in arms}
@@ -383,49 +289,3 @@ def compare(
 
 def _components(score: Score, of_run: Scores) -> Components:
     return components(score, of_run.probabilities, of_run.samples.labels, of_run.samples.groups)
-
-
-def _same_data(a: Arm, b: Arm) -> bool:
-    same: bool = a["data_fingerprint"] == b["data_fingerprint"]
-    return same
-
-
-def _single(a: Arm, b: Arm) -> list[str]:
-    """Return the names of configurations with one seed."""
-    return [arm.name for arm in (a, b) if len(arm.seeds) < 2]
-
-
-def _pair(a: Arm, b: Arm, metric: Metric, found: Difference, p_adjusted: float | None, verdicts: int) -> Pair:
-    single, same = _single(a, b), _same_data(a, b)
-    given: Verdict = "none"
-    unadjusted: Verdict = "none"
-    if p_adjusted is None:
-        counts = "includes the test samples only" if len(single) == 2 else "leaves its seeds out"
-        reason = (
-            f"one seed of {' and of '.join(single)} does not show the variation over seeds, and the interval {counts}"
-        )
-    else:
-        given, unadjusted = (verdict(metric, found.interval.value, p) for p in (p_adjusted, found.p))
-        share = found.seed_variance / (found.seed_variance + found.sample_variance or 1.0)
-        how = f"{len(a.seeds)} seeds in pairs" if found.paired else f"{len(a.seeds)} and {len(b.seeds)} seeds"
-        contains = "contains" if unadjusted == "not_distinguishable" else "does not contain"
-        but = "but " if given != unadjusted else ""
-        reason = (
-            f"the 95% interval {contains} 0, with {how}, {but}p is {p_adjusted:.2g} when adjusted for "
-            f"{counted(verdicts, 'verdict')} (unadjusted {found.p:.2g}); {100 * share:.0f}% of the variance comes from "
-            "the seeds"
-        )
-    if not same:
-        reason += f"; {OTHER_DATA}"
-    return Pair(
-        a=a.name,
-        b=b.name,
-        metric=metric,
-        difference=found,
-        verdict=given,
-        unadjusted=unadjusted,
-        p_adjusted=p_adjusted,
-        reason=reason,
-        single=single,
-        same_data=same,
-    )

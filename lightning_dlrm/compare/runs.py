@@ -13,7 +13,7 @@ import numpy as np
 from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.contracts.documents import parse_json, read_json, read_yaml
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.retired import update_document
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY, RunFolder
@@ -167,13 +167,15 @@ def read_run(path: Path, name: str | None = None) -> Run:
     Raises:
         UserError: the folder is not a run, its fit has not ended, or its summary lacks a number.
     """
-    _require_file(path / CONFIG, f"{path} is not a run folder: give a folder that fit wrote with --run_dir")
+    remedy = "give a run folder, such as the --run_dir of a fit"
+    require(path.is_dir(), f"there is no folder {path}: {remedy}")
+    require((path / CONFIG).exists(), f"{path} has no {CONFIG}, so it is not a run folder: {remedy}")
     config = read_yaml(path / CONFIG, _DAMAGED)
     for key, kind in _SECTIONS.items():
         if not isinstance(config.get(key), kind):
             raise UserError(f"{path / CONFIG} has no {key} as fit writes it; {_DAMAGED}")
     again = f"python -m lightning_dlrm fit --config {path / CONFIG} --run_dir {path} --resume auto"
-    _require_file(path / SUMMARY, f"the run {path} is not finished; end it with: {again}")
+    require((path / SUMMARY).exists(), f"the run {path} is not finished; end it with: {again}")
     summary = read_json(path / SUMMARY, _Summary, "train the run again")
     final, best = summary.final, summary.best or {}
     history, step = RunFolder(path).lines(), final.get(names.STEP)
@@ -188,15 +190,6 @@ def read_run(path: Path, name: str | None = None) -> Run:
     if missing:
         raise UserError(f"the run {path} has no {', '.join(missing)} in its {SUMMARY}; train it again")
     return Run(name=name or path.resolve().name, path=path, config=config, final=final, best=best, history=history)
-
-
-def _require_file(path: Path, missing: str) -> None:
-    """
-    Raises:
-        UserError: there is no such file, with the message ``missing``.
-    """
-    if not path.exists():
-        raise UserError(missing + ("" if path.parent.is_dir() else f" (there is no folder {path.parent})"))
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from lightning_dlrm.compare.options import Split
 from lightning_dlrm.compare.runs import Run
 from lightning_dlrm.contracts.documents import read_json
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.objectives.metrics import click_metrics, group_aucs
+from lightning_dlrm.objectives.metrics import chance_deviation, click_metrics, group_aucs
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS
 
 SOURCE = "source.json"
 """File that names the run, the split and the data of a folder's predictions."""
+
+MOST_CHANCE = 0.05
+"""An AUC that is higher above 0.5 is not called random: on few samples that would say nothing about the training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +33,21 @@ class Samples:
     """The labels and groups of every sample of a split, in row order."""
 
     labels: NDArray[np.int8]
+    click_rate: float
+    """Click rate of the training samples; of these samples if that is not known."""
     groups: NDArray[np.int64] | None = None
     """Number of each sample's group: see ``Batch.group``; None without groups."""
+
+    @cached_property
+    def chance(self) -> float:
+        """Distance from 0.5 that an AUC of random predictions has at most, in 997 cases of 1,000."""
+        clicks = int(np.sum(self.labels > 0))
+        return 3 * chance_deviation(clicks, len(self.labels) - clicks)
+
+    @cached_property
+    def of_click_rate(self) -> dict[str, float]:
+        """Metrics of predicting the click rate for every sample: see ``click_metrics``."""
+        return _metrics(np.full(len(self.labels), self.click_rate, np.float32), self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +58,11 @@ class Scores:
     samples: Samples
     metrics: dict[str, float]
     """See ``click_metrics``."""
+
+    @property
+    def random(self) -> bool:
+        """Whether the AUC is no better than that of random predictions."""
+        return self.metrics["auc"] <= 0.5 + min(self.samples.chance, MOST_CHANCE)
 
 
 def scoring_command(run: Run, split: Split, folder: Path) -> list[str] | None:
@@ -118,8 +140,11 @@ def read_samples(run: Run, split: Split, group: str | None = None) -> Samples:
     labels: NDArray[np.int8] = torch.cat(parts).to(torch.int8).numpy()
     if labels.min() == labels.max():
         raise UserError(f"all {len(labels):,} labels of the {split} split are {labels[0]}: compare on another --split")
+    train = data.schema.splits.get("train")
+    clicks, rows = (0, 0) if train is None else (train.positives or 0, train.rows)
+    click_rate = clicks / rows if 0 < clicks < rows else float(labels.mean())
     if batches[0][1] is None:
-        return Samples(labels=labels)
+        return Samples(labels=labels, click_rate=click_rate)
     groups: NDArray[np.int64] = torch.cat([number for _, number in batches]).numpy()
     counted = int((~np.isnan(group_aucs(np.zeros(len(labels), np.float32), labels, groups).auc)).sum())
     if counted < 2:
@@ -127,7 +152,7 @@ def read_samples(run: Run, split: Split, group: str | None = None) -> Samples:
             f"{counted} of the groups of {data.group} in the {split} split of {data.folder} have both labels, but an "
             "AUC by group needs two: group by another column"
         )
-    return Samples(labels=labels, groups=groups)
+    return Samples(labels=labels, click_rate=click_rate, groups=groups)
 
 
 def read_scores(folder: Path, samples: Samples) -> Scores:
@@ -145,10 +170,13 @@ def read_scores(folder: Path, samples: Samples) -> Scores:
             f"{path} holds probabilities that are not from 0 to 1: the run has diverged or the file was changed; "
             "train the run again"
         )
-    logits = torch.logit(torch.from_numpy(probabilities.astype(np.float64)), eps=2.0**-25)
+    return Scores(probabilities=probabilities, samples=samples, metrics=_metrics(probabilities, samples))
+
+
+def _metrics(probabilities_N: NDArray[np.float32], samples: Samples) -> dict[str, float]:
+    logits = torch.logit(torch.from_numpy(probabilities_N.astype(np.float64)), eps=2.0**-25)
     groups_N = () if samples.groups is None else torch.from_numpy(samples.groups)
-    metrics = click_metrics(logits, torch.from_numpy(labels_N), groups_N=groups_N)
-    return Scores(probabilities=probabilities, samples=samples, metrics=metrics)
+    return click_metrics(logits, torch.from_numpy(samples.labels), groups_N=groups_N)
 
 
 def shared_samples(runs: Sequence[Run], split: Split, group: str | None = None) -> dict[str, Samples]:

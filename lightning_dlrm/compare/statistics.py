@@ -88,6 +88,13 @@ class Difference:
     paired: bool
     """Whether the seeds were taken in pairs."""
 
+    @property
+    def mostly_seeds(self) -> bool:
+        """Whether the seeds contribute more to the width of the interval than the test samples."""
+        return _reach(SIGNIFICANCE, self.seed_variance, 0.0, self.degrees_of_freedom) > _reach(
+            SIGNIFICANCE, 0.0, self.sample_variance, np.inf
+        )
+
 
 def components(
     metric: Score,

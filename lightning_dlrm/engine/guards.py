@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.objectives.metrics import chance_deviation
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.finite import is_finite, nonfinite_tensors
@@ -170,12 +171,10 @@ def warn_of_chance(
 ) -> bool:
     """Log a warning if the AUC of a validation is within the noise of random predictions.
 
-    The AUC of random predictions has a standard deviation of sqrt((n + 1) / (12 n+ n-)) (Mann and Whitney 1947).
-
     Args:
         auc: AUC of the validation.
-        clicks: number of clicked samples, n+.
-        samples: number of samples, n.
+        clicks: number of clicked samples.
+        samples: number of samples.
         batch_size: batch size of training.
         rates: learning rates by group.
         large_numbers: dense columns with large numbers, see ``DatasetSchema.large_numbers``.
@@ -186,7 +185,7 @@ def warn_of_chance(
     others = samples - clicks
     if not (clicks and others and math.isfinite(auc)):
         return False
-    noise = math.sqrt((samples + 1) / (12 * clicks * others))
+    noise = chance_deviation(clicks, others)
     if abs(auc - 0.5) > 3 * noise:
         return False
     large = f"large numbers in {large_numbers}: {_SCALE}; " if large_numbers else ""

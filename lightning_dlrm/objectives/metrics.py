@@ -95,6 +95,15 @@ def exact_auc(scores_N: Samples, labels_N: Samples, peers: Peers = SINGLE_RANK) 
     return (twice_below if positives_rarer else 2 * pairs - twice_below) / (2 * pairs)
 
 
+def chance_deviation(clicks: int, others: int) -> float:
+    """Return the standard deviation of the AUC of random predictions (Mann and Whitney 1947).
+
+    >>> round(chance_deviation(4_000, 12_000), 4)
+    0.0053
+    """
+    return math.sqrt((clicks + others + 1) / (12 * clicks * others))
+
+
 class GroupAUCs(NamedTuple):
     """The AUC of each group of samples."""
 

@@ -36,12 +36,11 @@ from lightning_dlrm.cli.report import published_notes
 from lightning_dlrm.compare import anatomy as anatomies
 from lightning_dlrm.compare import command as comparing
 from lightning_dlrm.compare import processes, report
-from lightning_dlrm.compare.anatomy import anatomy, breakdown
-from lightning_dlrm.compare.cost_figures import disturbed
+from lightning_dlrm.compare.anatomy import StepTimes, anatomy, measure_steps
 from lightning_dlrm.compare.drawing import PAGE_WIDTH
 from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
 from lightning_dlrm.compare.figures import draw_all
-from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, trained_samples
+from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, scored_share, trained_samples
 from lightning_dlrm.compare.ranking import answer, distance, is_figure5, title_of
 from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import Arm, arms_of, data_differences, format_value, read_run, settings_of
@@ -182,7 +181,7 @@ def test_a_wrong_experiment_is_one_line(changes: Any, message: str, capsys: pyte
         (["--output", "out"], "nothing to compare"),
         (["a", "b"], "give --output DIR"),
         (["a", "--outptu", "out"], "unknown option --outptu"),
-        (["a", "b", "--output", "out"], "a is not a run folder"),
+        (["a", "b", "--output", "out"], "error: there is no folder a: give a run folder"),
         (["--config", "small.yaml", "--output", "out"], "0 of the --config files name arms"),
         (["--config", "tiny.yaml", "--output", "out", "--data.pth", "x"], "unknown key pth; did you mean path?"),
         (["--config", "tiny.yaml", "--output", "out", "--seeds", "1,x"], "expected whole numbers"),
@@ -211,6 +210,13 @@ def test_a_dry_run_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # --- runs that are there -------------------------------------------------------------------------------
+
+
+NO_STEPS = StepTimes(alone={}, in_training={})
+
+
+def steps_of(arms: list[Arm]) -> StepTimes:
+    return measure_steps(arms, {arm.name: anatomy(arm.runs[0]) for arm in arms}, Path("operators.json"))
 
 
 DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
@@ -264,7 +270,10 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
     assert "DLRM is better than DCN by AUC" in said and "report: out/report.html" in said
 
     document = json.loads((output / "report.json").read_text())
-    assert set(document) == {"runs", "arms", "pairs", "adjustment"} and document["adjustment"] == "holm"
+    assert (
+        set(document) == {"answer", "click_rate_alone", "runs", "arms", "pairs", "adjustment"}
+        and document["adjustment"] == "holm"
+    )
     assert [(run["arm"], run["seed"]) for run in document["runs"]] == [
         (a, s) for a in ("DLRM", "DCN") for s in (1, 2, 3)
     ]
@@ -320,7 +329,7 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
 def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("lightning_dlrm.compare.command.draw_all", lambda *found: [])
     dlrm, dcn = plain_arms()
-    paths = [leave_run(dlrm, 1, Path("out"), 5.0), leave_run(dcn, 1, Path("out"), 0.0)]
+    paths = [leave_run(dlrm, 1, Path("out"), 5.0), leave_run(dcn, 1, Path("out"), 0.5)]
     assert main(["compare", *map(str, paths), "--output", "out"]) == 0
     pairs = json.loads(Path("out/report.json").read_text())["pairs"]
     assert [(pair["verdict"], pair["p_adjusted"], pair["seed_variance"]) for pair in pairs] == [
@@ -337,6 +346,57 @@ def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys
     assert all(pair["low"] > 0 or pair["high"] < 0 for pair in pairs), "the samples alone would have decided"
 
 
+@pytest.mark.parametrize("skill", [0.0, -1.0])
+def test_a_configuration_that_did_not_train_is_no_side_of_a_comparison(
+    skill: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lightning_dlrm.compare.command.draw_all", lambda *found: [])
+    dlrm, dcn = plain_arms()
+    paths = [leave_run(arm, s, Path("out"), of) for arm, of in ((dlrm, 2.0), (dcn, skill)) for s in (1, 2)]
+    assert main(["compare", *map(str, paths), "--output", "out"]) == 0
+    said, html = capsys.readouterr().out, " ".join(Path("out/report.html").read_text().split())
+    document = json.loads(Path("out/report.json").read_text())
+    head = r"DCN did not train: its AUC of 0\.\d{4} is no better than random\. This is not a comparison of models\. "
+    for text in (" ".join(said.split()), document["answer"], html.replace("</strong></p> <p>", " ")):
+        assert re.search(
+            head + r"Random predictions for these samples have an AUC of 0\.5, give or take 0\.\d{4}\. ", text
+        )
+        assert "Look at the training log loss of DCN in the report" in text and "wins" not in text
+    assert html.count(">click rate alone</td>") == 2 and said.count("\nclick rate alone ") == 1
+    assert 'data-name="verdict">did not train</td>' in html
+    assert "by AUC, but DCN did not train" in said and "by AUC, but DCN did not train" in html
+    assert [pair["did_not_train"] for pair in document["pairs"]] == [["DCN"], ["DCN"]]
+    assert [arm["seeds_no_better_than_random"] for arm in document["arms"]] == [[], [1, 2]]
+    # The click rate is that of the training samples.
+    data = Criteo("demo", demo=DemoSettings(**DEMO))
+    data.setup("test")
+    train = data.schema.splits["train"]
+    assert train.positives is not None
+    rate = train.positives / train.rows
+    clicks = torch.cat([batch.label for batch in data.test_dataloader()]).double().mean().item()
+    entropy = -clicks * np.log(rate) - (1 - clicks) * np.log(1 - rate)
+    alone = document["click_rate_alone"]
+    assert alone["test/auc"] == 0.5 and alone["test/log_loss"] == pytest.approx(entropy, abs=1e-6)
+    assert alone["test/accuracy"] == pytest.approx(1 - clicks) and f"{entropy:.5f}" in said
+
+
+def test_a_seed_that_did_not_train_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lightning_dlrm.compare.command.draw_all", lambda *found: [])
+    dlrm, dcn = plain_arms()
+    paths = [leave_run(dlrm, s, Path("out"), 2.0) for s in (1, 2, 3)]
+    paths += [leave_run(dcn, s, Path("out"), skill) for s, skill in ((1, 1.0), (2, 0.0), (3, 1.0))]
+    assert main(["compare", *map(str, paths), "--output", "out"]) == 0
+    said, html = " ".join(capsys.readouterr().out.split()), Path("out/report.html").read_text()
+    assert "DCN did not train with seed 2: AUC no better than random; its mean includes it. " in said
+    assert "not a comparison" not in said and "1 of 3 seeds did not train</td>" in html
+    assert [arm["seeds_no_better_than_random"] for arm in json.loads(Path("out/report.json").read_text())["arms"]] == [
+        [],
+        [2],
+    ]
+
+
 def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,15 +405,15 @@ def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
     wider = copy.deepcopy(dlrm.document)
     wider["model"]["network"]["init_args"]["top_mlp"] = [9]
     third = dataclasses.replace(dlrm, name="wider", document=wider)
-    paths = [leave_run(arm, seed, Path("out"), skill) for arm, skill in ((dlrm, 5.0), (dcn, 0.5)) for seed in (1, 2, 3)]
-    paths.append(leave_run(third, 1, Path("out"), 0.0))
+    paths = [leave_run(arm, seed, Path("out"), skill) for arm, skill in ((dlrm, 5.0), (dcn, 1.5)) for seed in (1, 2, 3)]
+    paths.append(leave_run(third, 1, Path("out"), 0.5))
     assert main(["compare", *map(str, paths), "--output", "out"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "No verdict from one seed" not in said
     assert re.search(r"dlrm-1 wins: AUC 0\.\d+, 0\.\d+ above dcn-1 \(95% interval [^)]*\), 1 to 3 seeds\. ", said), said
     assert "With one seed there is no verdict against wider-1. By log loss dlrm-1 is better than dcn-1 too" in said
     # With verdicts for all, the differences are a table that fits a terminal.
-    paths += [leave_run(third, seed, Path("out"), 0.0) for seed in (2, 3)]
+    paths += [leave_run(third, seed, Path("out"), 0.5) for seed in (2, 3)]
     assert main(["compare", *map(str, paths), "--output", "out"]) == 0
     lines = capsys.readouterr().out.splitlines()
     at = next(at for at, line in enumerate(lines) if line.startswith("difference in AUC "))
@@ -406,7 +466,7 @@ def test_auc_by_group_is_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert of_groups["low"] < of_groups["difference"] < of_groups["high"]
     assert "<h1>DLRM and DCN, generated own data (protocol own)</h1>" in html and ": own data, generated clicks" in said
     (header,) = (line for line in said.splitlines() if "accuracy  AUC by group" in line)
-    assert len(header) <= 80
+    assert len(header) < 80
 
     assert "no kept column 'nope' to group by" in error_of(capsys, *runs, "--output", "out", "--group", "nope")
     config = yaml.safe_load(Path(runs[0], "config.yaml").read_text())
@@ -598,9 +658,14 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
     head, more = answer(dataclasses.replace(comparison, pairs=pairs))
     assert re.fullmatch(r"No clear winner with 2 seeds each: \w+ has the highest AUC, 0\.\d{4}\.", head)
     assert (
-        "has an interval above 0, but after adjustment for 2 comparisons 2 seeds are too few for a verdict; "
-        "train more: --seeds 1,2,3,4,5."
+        "has an interval above 0, but after adjustment for 2 comparisons that is not enough for a verdict. "
+        "Most of the uncertainty comes from the "
     ) in more
+    # What gives a verdict depends on where the uncertainty comes from.
+    for seeds, remedy in ((1.0, "the seeds; train more: --seeds 1,2,3,4,5."), (0.0, "the test samples: a larger test")):
+        differences = [dataclasses.replace(p.difference, seed_variance=seeds, sample_variance=0.5) for p in pairs]
+        both = [dataclasses.replace(p, difference=d) for p, d in zip(pairs, differences, strict=True)]
+        assert remedy in answer(dataclasses.replace(comparison, pairs=both))[1]
     # Networks give the title, each with its version.
     config = copy.deepcopy(dict(runs[2].config))
     config["model"]["network"]["init_args"]["cross"] = "matrix"
@@ -616,23 +681,25 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
         arm.runs[0].config["model"]["table_optimizer"]["class_path"] = f"lightning_dlrm.{arm.name}"
     assert is_figure5(four)
     found_parts = {arm.name: anatomy(arm.runs[0]) for arm in comparison.arms}
-    alone = {"DLRM": 1000.0, "DCN": 2000.0}
-    titles, *rows = report._costs(comparison, found_parts, alone)
     # A step of 200 samples at 100 samples/s takes 2,000 ms; that of DCN 2,500 ms in the median.
-    steps = {row[0]: row[titles.index("step in training, ms")] for row in rows}
-    assert steps == {"DLRM": "2,000", "DCN": "2,000 to 3,333"}
-    of_steps = {name: {"matrix products": time} for name, time in alone.items()}
-    assert disturbed(comparison, found_parts, of_steps) == (["DLRM"], [])
-    on_a_busy_machine = {name: {"matrix products": 5 * time} for name, time in alone.items()}
-    assert sorted(disturbed(comparison, found_parts, on_a_busy_machine).alone) == ["DCN", "DLRM"]
+    in_training = {"DLRM": 2000.0, "DCN": 2500.0}
+    steps = StepTimes(alone={"DLRM": {"a": 900.0, "b": 100.0}, "DCN": {"a": 2000.0}}, in_training=in_training)
+    assert (steps.slow_in_training, steps.disturbed, steps.shown) == (["DLRM"], [], steps.alone)
+    titles, *rows = report._costs(comparison, found_parts, steps)
     found = {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
-    title = "training, s (not comparable)"
-    assert found["DLRM"][title] == "1.00 to 25.0" and found["DLRM"]["samples/s (not comparable)"] == "100"
+    title = "step in training (milliseconds)"
+    assert {name: found[name][title] for name in found} == {"DLRM": "2,000", "DCN": "2,000 to 3,333"}
+    title = "seconds of training (lowest to highest)"
+    assert found["DLRM"][title] == "1.0 to 25.0" and found["DCN"][title] == "1.0"
+    assert found["DLRM"]["samples per second (lowest to highest)"] == "100"
     assert [found[name]["samples"] for name in ("DLRM", "DCN")] == ["2,000", "1,000 to 2,000"]
-    assert found["DCN"][title] == "1.00"
+    # One disturbed configuration is enough to show none.
+    busy = StepTimes(alone=steps.alone | {"DCN": {"a": 4000.0}}, in_training=in_training)
+    assert (busy.disturbed, busy.shown) == (["DCN"], {})
+    assert not any("step" in title for title in report._costs(comparison, found_parts, busy)[0])
     drawn: dict[str, Figure] = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.stem: figure}))
-    draw_all(comparison, found_parts, {}, Path("figures"))
+    draw_all(comparison, found_parts, NO_STEPS, Path("figures"))
     labels = {name: [axes.get_xlabel() for axes in figure.axes] for name, figure in drawn.items()}
     assert not any("second" in label for name in ("auc", "log_loss", "cost") for label in labels[name])
 
@@ -648,9 +715,11 @@ def test_times_are_grey_if_training_was_disturbed(
     parts = {arm.name: anatomy(arm.runs[0]) for arm in comparison.arms}
     # A step in training takes 2,000 ms.
     operators = {name: dict.fromkeys(anatomies.KINDS, 0.0) | {"matrix products": milliseconds} for name in parts}
+    steps = StepTimes(alone=operators, in_training=dict.fromkeys(parts, 2000.0))
     drawn: dict[str, Figure] = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.stem: figure}))
-    draw_all(comparison, parts, operators, Path("figures"))
+    draw_all(comparison, parts, steps, Path("figures"))
+    assert ("operators" in drawn) == (milliseconds < 9000)
     bars = {axes.get_xlabel(): axes.patches for axes in drawn["cost"].axes}
     found = {
         label: sum(bar.get_facecolor()[:3] == (0.7, 0.7, 0.7) for bar in of_panel) for label, of_panel in bars.items()
@@ -671,7 +740,8 @@ def test_a_sharded_run_shows_what_each_rank_held() -> None:
     assert sharding is not None and [cost.rank for cost in sharding.costs] == [0, 1]
     assert TINY["embedding_dim"] * sum(cost.rows for cost in sharding.costs) == dlrm.size.tables
     assert anatomy(read_run(path)).batch_size == 200
-    assert breakdown(arms_of([read_run(path)]), Path("operators.json")) == ({}, ["DLRM: its tables are on 2 ranks"])
+    steps = steps_of(arms_of([read_run(path)]))
+    assert (steps.alone, steps.notes) == ({}, ["DLRM: its tables are on 2 ranks"])
 
 
 def test_steps_are_taken_apart_as_they_were_trained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -682,8 +752,8 @@ def test_steps_are_taken_apart_as_they_were_trained(monkeypatch: pytest.MonkeyPa
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     asked = []
     monkeypatch.setattr(lookup, "choose", lambda kernels, *_: asked.append(kernels) or "plain")
-    found, notes = breakdown(arms_of([read_run(path)]), Path("operators.json"))
-    assert found["DLRM"]["matrix products"] > 0 and not notes and set(asked) == {"plain"}
+    steps = steps_of(arms_of([read_run(path)]))
+    assert steps.alone["DLRM"]["matrix products"] > 0 and not steps.notes and set(asked) == {"plain"}
     # The kinds are those of the step of median time.
     kind, other, *rest = anatomies.KINDS
     of_steps = [{kind: a, other: b, **dict.fromkeys(rest, 0.0)} for a, b in ((0, 0), (1, 9), (5, 1), (2, 2))]
@@ -694,8 +764,8 @@ def test_steps_are_taken_apart_as_they_were_trained(monkeypatch: pytest.MonkeyPa
     assert (times[kind], times[other]) == (5000, 1000)
     config["trainer"]["precision"] = "bf16-true"
     (path / "config.yaml").write_text(yaml.safe_dump(config))
-    found, notes = breakdown(arms_of([read_run(path)]), Path("operators.json"))
-    assert not found and notes[0].endswith("and its precision is bf16-true")
+    steps = steps_of(arms_of([read_run(path)]))
+    assert not steps.alone and steps.notes[0].endswith("and its precision is bf16-true")
 
 
 def test_times_are_kept_for_what_they_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -705,16 +775,25 @@ def test_times_are_kept_for_what_they_depend_on(monkeypatch: pytest.MonkeyPatch)
     times = dict.fromkeys(anatomies.KINDS, 1.0)
     monkeypatch.setattr(anatomies, "measure", lambda run: measured.append(run.name) or times)
     for _ in range(2):
-        assert breakdown(arms, Path("operators.json")) == ({"DLRM": times}, [])
+        assert steps_of(arms).alone == {"DLRM": times}
     assert len(measured) == 1
     monkeypatch.setattr(anatomies, "code_version", lambda: {"version": "9", "git_commit": None})
-    breakdown(arms, Path("operators.json"))
+    steps_of(arms)
     assert len(measured) == 2
     monkeypatch.setattr(torch, "__version__", "9")
-    breakdown(arms, Path("operators.json"))
+    steps_of(arms)
     Path("operators.json").write_text('{"half": {"matrix')
-    breakdown(arms, Path("operators.json"))
+    steps_of(arms)
     assert len(measured) == 4 and json.loads(Path("operators.json").read_text())
+    # A step in training takes 2,000 ms: a step of 4,000 ms was disturbed, so it is not kept.
+    kept = Path("operators.json").read_text()
+    times = dict.fromkeys(anatomies.KINDS, 4000.0 / len(anatomies.KINDS))
+    Path("operators.json").write_text(json.dumps(dict.fromkeys(json.loads(kept), times)))
+    for again in (5, 6):
+        assert steps_of(arms).disturbed == ["DLRM"] and len(measured) == again
+    times = dict.fromkeys(anatomies.KINDS, 1.0)
+    assert not steps_of(arms).disturbed and len(measured) == 7
+    assert steps_of(arms).alone == {"DLRM": times} and len(measured) == 7
 
 
 def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -729,7 +808,7 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
     drawn: dict[str, Figure] = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.stem: figure}))
     comparison = compare(arms, scores, title="t", split="test")
-    pictures = draw_all(comparison, {arm.name: anatomy(arm.runs[0]) for arm in arms}, {}, Path("figures"))
+    pictures = draw_all(comparison, {arm.name: anatomy(arm.runs[0]) for arm in arms}, NO_STEPS, Path("figures"))
     assert {picture.name: picture.width for picture in pictures}["figure5"] == PAGE_WIDTH
     # A figure says on its own what it is of, and names the paper only for the paper's configurations.
     sources = [drawn[name].texts[-1].get_text() for name in ("results", "accuracy", "parameters")]
@@ -756,7 +835,7 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
     (caption,) = (picture.caption for picture in pictures if picture.name == "parameters")
     assert "The tables are the same in all configurations: 26 with" in caption and len(dense) > 2
     other = dataclasses.replace(anatomy(arms[0].runs[0]), tables={"C1": 7, "own": 10**6})
-    pictures = draw_all(comparison, {"DLRM": other, "DCN": anatomy(arms[1].runs[0])}, {}, Path("figures"))
+    pictures = draw_all(comparison, {"DLRM": other, "DCN": anatomy(arms[1].runs[0])}, NO_STEPS, Path("figures"))
     above, _ = drawn["parameters"].axes
     tables = {bar.get_facecolor() for bar in above.patches}
     assert len(tables) == 2 and not tables & dense
@@ -767,7 +846,7 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
     # Configurations without a bar are in the caption, not in the legend.
     small = dataclasses.replace(other, tables={"C1": 1})
     whole = dataclasses.replace(other, tables={f"T{k}": 9 for k in range(10)})
-    pictures = draw_all(comparison, {"DLRM": small, "DCN": whole}, {}, Path("figures"))
+    pictures = draw_all(comparison, {"DLRM": small, "DCN": whole}, NO_STEPS, Path("figures"))
     caption = {picture.name: picture.caption for picture in pictures}["parameters"]
     assert "the 10 largest of 11 tables; DLRM: 1 table, 1 parameter, all smaller than these; below" in caption
     legend = drawn["parameters"].axes[0].get_legend()
@@ -949,11 +1028,28 @@ def test_the_bar_is_full_when_all_is_scored(tmp_path: Path) -> None:
         (tmp_path / "a/metrics.jsonl").write_text('{"step": 4, "samples": 100}\n')
         running.waiting.clear()
         progress.show([running])
-        assert "0/1 runs, a: scoring" in str(progress._bar) and " 62%" in str(progress._bar)
+        assert "0/1 runs, a: scoring 0%" in str(progress._bar) and " 62%" in str(progress._bar)
+        log.write(b"predict  50%|# | batches 1/2 00:10<00:10\n")
+        log.flush()
+        progress.show([running])
+        assert "0/1 runs, a: scoring 50%" in str(progress._bar) and " 81%" in str(progress._bar)
     progress.done(fitted)
     progress.show([])
     assert "100%" in str(progress._bar) and "1/1 runs" in str(progress._bar)
     progress.close()
+
+
+def test_the_scored_share_is_that_of_the_running_command(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert scored_share(log, 0) == 0
+    log.write_text("predict  90%|# | batches 9/10 00:10<00:10\n")
+    first = log.stat().st_size
+    assert scored_share(log, first) == 0
+    with log.open("a") as file:
+        file.write(
+            "fit 50%|# | batches 5/10 0\npredict  10%|# | batches 1/10 00:10<?\npredict  20%|# | batches 2/10 0\n"
+        )
+    assert scored_share(log, first) == 0.2
 
 
 @pytest.mark.slow
@@ -1009,7 +1105,7 @@ def test_published_scores_are_shown_with_the_distance_from_them(monkeypatch: pyt
     line = f"DLRM: test accuracy {mean:.5f} is {words}"
     assert [comparison.published(arm) for arm in comparison.arms] == [[line], []]
     assert line in report.closing_words(comparison, Path("out")).splitlines()
-    report.write_report(comparison, [], {}, [], Path("report.html"))
+    report.write_report(comparison, [], {}, NO_STEPS, Path("report.html"))
     assert f"<li>{line}</li>" in Path("report.html").read_text()
     assert comparison.document()["arms"][0]["published"] == [{"metric": "accuracy", "value": 0.25, "source": "a paper"}]
     assert published_notes(comparison.arms[0].published, {"test/accuracy": 0.3}, "test", "demo") == []
