@@ -122,9 +122,9 @@ class StepTimes:
     """Reason for each configuration that was not measured."""
 
     @property
-    def disturbed(self) -> list[str]:
+    def slow_alone(self) -> list[str]:
         """The configurations whose steps took more than 1.5 times as long alone as in training."""
-        return [arm for arm, times in self.alone.items() if _too_long(times, self.in_training[arm])]
+        return [arm for arm, times in self.alone.items() if sum(times.values()) > STEADY * self.in_training[arm] > 0]
 
     @property
     def slow_in_training(self) -> list[str]:
@@ -133,12 +133,9 @@ class StepTimes:
 
     @property
     def shown(self) -> Mapping[str, Mapping[str, float]]:
-        """The measured steps; empty if one of them was disturbed, because then none is to be trusted."""
-        return {} if self.disturbed else self.alone
-
-
-def _too_long(alone: Mapping[str, float], in_training: float) -> bool:
-    return 0 < STEADY * in_training < sum(alone.values())
+        """The measured steps; empty if they are unlike those of the training of a configuration, because other work may
+        have disturbed them."""
+        return {} if self.slow_alone or self.slow_in_training else self.alone
 
 
 def measure_steps(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy], cache: Path) -> StepTimes:
@@ -147,7 +144,7 @@ def measure_steps(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy], cache: 
     Args:
         arms: configurations; each is measured with the settings of its first run.
         anatomies: configuration -> its anatomy.
-        cache: file with earlier measurements; new ones are added to it, apart from disturbed ones.
+        cache: file with earlier measurements; those that are like the training are added to it, and not made again.
     """
     known = _known(cache)
     alone, notes, in_training = {}, [], {}
@@ -156,17 +153,23 @@ def measure_steps(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy], cache: 
         in_training[arm.name] = 1e3 * anatomies[arm.name].batch_size / rate if rate > 0 else 0.0
         key = _key(arm)
         times = known.get(key)
-        if times is None or _too_long(times, in_training[arm.name]):
+        if times is None or not _alike(times, in_training[arm.name]):
             why_not = _obstacle(arm.runs[0])
             if why_not:
                 notes.append(f"{arm.name}: {why_not}")
                 continue
             log.info("measuring one step of %s by operator", arm.name)
             times = measure(arm.runs[0])
-            if not _too_long(times, in_training[arm.name]):
+            if _alike(times, in_training[arm.name]):
                 RunFolder(cache.parent).write_json(cache.name, known := known | {key: times})
         alone[arm.name] = times
     return StepTimes(alone=alone, in_training=in_training, notes=notes)
+
+
+def _alike(alone: Mapping[str, float], in_training: float) -> bool:
+    """Whether a step took at most 1.5 times as long alone as in training, and the other way round."""
+    low, high = sorted((sum(alone.values()), in_training))
+    return high <= STEADY * low or not low
 
 
 def _known(cache: Path) -> dict[str, dict[str, float]]:

@@ -26,7 +26,7 @@ from lightning_dlrm.compare.experiment import (
 from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.options import Split, make_parser
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs
-from lightning_dlrm.compare.ranking import answer, title_of
+from lightning_dlrm.compare.ranking import answer, ranked, title_of
 from lightning_dlrm.compare.report import arms_table, closing_words, page_of, write_report
 from lightning_dlrm.compare.results import check_data, compare
 from lightning_dlrm.compare.runs import Arm, arms_of, read_run
@@ -237,7 +237,7 @@ def _report(
     scores = {run.name: read_scores(_scores(output, run.name), samples[run.final["data_fingerprint"]]) for run in runs}
     comparison = compare(arms, scores, title=title_of(arms), split=options.split, warnings=warnings)
     anatomies = {arm.name: anatomy(arm.runs[0]) for arm in arms}
-    steps = measure_steps(arms, anatomies, output / "operators.json")
+    steps = measure_steps(ranked(comparison), anatomies, output / "operators.json")
     pictures = draw_all(comparison, anatomies, steps, output / "figures")
     html, document = output / "report.html", output / "report.json"
     write_report(comparison, pictures, anatomies, steps, html)

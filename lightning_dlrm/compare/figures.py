@@ -29,6 +29,8 @@ SHOWN_MARKS = 8
 """Markers along a curve."""
 _THIN, _MARK = 0.9, 4.0
 """Line width of training beside validation, and size of markers, in points."""
+_ASIDE = 0.09
+"""Inches between marks beside each other."""
 _OPERATIONS = "floating-point operations"
 _COMMON_SCALE = 50
 """Largest ratio of the operations of two configurations that one axis shows."""
@@ -82,7 +84,7 @@ class _ResultDrawing(Drawing):
                 self._course(panel, arm, names.SAMPLES, f"{names.VALIDATION}/accuracy")
             answer = self._constant_answer(panel)
             panel.set(title=title)
-            panel.set_xlim(left=0)
+            self._begin_at_0(panel, 1 if self.narrow else len(panels))
             panel.xaxis.set_major_formatter(EngFormatter())
             if self.narrow or panel is axes[0]:
                 panel.set_ylabel("accuracy")
@@ -116,7 +118,7 @@ class _ResultDrawing(Drawing):
                         self._course(axes, arm, x, f"{split}/{metric}", thin=split != splits[-1], factor=factor)
                 axes.xaxis.set_major_formatter(EngFormatter())
                 axes.locator_params(axis="x", nbins=4)
-                axes.set_xlim(left=0)
+                self._begin_at_0(axes, len(abscissae))
             of = "" if len(splits) > 1 else "training " if splits == [names.TRAIN] else f"{splits[0]} "
             row[0].set_ylabel(f"{of}{title}")
         for axes, (_, label) in zip(grid[-1], abscissae, strict=True):
@@ -188,6 +190,12 @@ class _ResultDrawing(Drawing):
             return panels
         return {"": self.arms}
 
+    def _begin_at_0(self, axes: Axes, columns: int) -> None:
+        """Begin the x-axis of one of several panels in a row at 0, and leave room for marks beside each other."""
+        last, width = axes.dataLim.x1, self.width / columns - 0.7
+        room = _ASIDE * len(self.arms) / 2 + 0.05 if self._one_validation else 0.0
+        axes.set_xlim(0, last * max(1.05, width / (width - room)))
+
     def _course(self, axes: Axes, arm: Arm, x: str, y: str, *, thin: bool = False, factor: float = 1.0) -> None:
         """Draw the mean over the runs of a configuration, and the band from the lowest to the highest."""
         curves = [run.curve(x, y, self._first) for run in arm.runs]
@@ -201,7 +209,7 @@ class _ResultDrawing(Drawing):
             # One validation each, often at the same place: marks beside each other.
             figure = axes.get_figure()
             assert figure is not None
-            aside = (self.arms.index(arm) - (len(self.arms) - 1) / 2) * 0.09
+            aside = (self.arms.index(arm) - (len(self.arms) - 1) / 2) * _ASIDE
             style |= {"transform": axes.transData + ScaledTranslation(aside, 0, figure.dpi_scale_trans)}
             style |= {"linestyle": "-", "linewidth": _THIN, "clip_on": False}
             axes.update_datalim([(xs[0], ys.min()), (xs[0], ys.max())])
@@ -243,7 +251,9 @@ class _ResultDrawing(Drawing):
             }
             axes.annotate(f"\u2190 {left} better", xytext=(-4, 3), ha="right", color="0.35", **above)
             axes.annotate(f"{right} better \u2192", xytext=(4, 3), ha="left", color="0.35", **above)
-            labels = [f"{pair.winner}\nminus {pair.loser}" for pair in pairs]
+            labels = [
+                f"{pair.winner}\nminus {pair.loser}" + "\n(did not train)" * bool(pair.untrained) for pair in pairs
+            ]
             self.rows(axes, labels, f"difference in {METRIC_TITLES[metric]}")
             axes.tick_params(axis="y", labelsize=7)
             axes.locator_params(axis="x", nbins=4)

@@ -218,7 +218,10 @@ def _undecided_lead(comparison: Comparison, undecided: Sequence[Pair]) -> str:
     # An interval may exclude 0 without a verdict.
     excluding = [pair.loser for pair in undecided if pair.unadjusted != pair.verdict]
     level = [pair.loser for pair in undecided if pair.unadjusted == pair.verdict]
+    near = ranked(comparison)[1].name
     text = f", and not distinguishable from {_listed(level)}." if level else "."
+    if level == [near]:
+        text = ": the two are not distinguishable."
     if excluding:
         leads, intervals = ("lead over", "has an interval") if len(excluding) == 1 else ("leads over", "have intervals")
         verdicts = sum(not pair.single for pair in comparison.pairs)

@@ -349,7 +349,7 @@ def closing_words(comparison: Comparison, output: Path) -> str:
             *aligned(rows),
             f"{of}, on the {comparison.split} split"
             + ("; validation: the course of the AUC" if any(row[-1] for row in rows[1:]) else ""),
-            *filter(None, [comparison.groups_note]),
+            *filter(None, [comparison.click_rate_note, comparison.groups_note]),
             "",
             *_differences(comparison),
             *filter(None, [comparison.adjustment]),
@@ -361,18 +361,20 @@ def closing_words(comparison: Comparison, output: Path) -> str:
 
 
 def _differences(comparison: Comparison) -> list[str]:
-    """Return a table of the differences by each metric; sentences for two arms, or if a pair has no verdict."""
-    if len(comparison.arms) == 2 or any(pair.single or not pair.same_data for pair in comparison.pairs):
+    """Return a table of the differences by each metric; sentences if a pair has no verdict."""
+    if any(pair.single or not pair.same_data for pair in comparison.pairs):
         return ["differences, with 95% intervals:", *(f"  {pair.sentence}" for pair in comparison.pairs)]
     lines = []
     for metric in comparison.judged:
         pairs = [pair for pair in comparison.pairs if pair.metric == metric]
         rows = [[f"difference in {METRIC_TITLES[metric]}", "first - second (95% interval)", "p", "verdict"]]
         for pair, shown in zip(pairs, distances(pairs), strict=True):
-            word = "better" if pair.decided else "-"
+            word = "untrained" if pair.untrained else "better" if pair.decided else "none"
             rows.append([f"{pair.winner} - {pair.loser}", shown, p_text(pair.p_adjusted), word])
         lines += [*aligned(rows, left=(0, 3)), ""]
-    return [*lines, "p is adjusted; - means not distinguishable, even if the interval excludes 0"]
+    notes = ["verdict none: p is 0.05 or more, even if the interval excludes 0"]
+    notes += ["verdict untrained: a side did not train"] * any(pair.untrained for pair in comparison.pairs)
+    return lines + notes
 
 
 def _mean_course(arm: Arm, metric: str) -> list[float]:

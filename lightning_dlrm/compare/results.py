@@ -102,6 +102,13 @@ class Comparison:
         """Metrics of predicting the click rate of the training samples for every sample; empty if the data differ."""
         return {} if self.warnings else self.scores[self.runs[0].name].samples.of_click_rate
 
+    @property
+    def click_rate_note(self) -> str:
+        """Return what the click rate alone is; empty if the data differ."""
+        if not self.click_rate_alone:
+            return ""
+        return f"{CLICK_RATE_ALONE}: the click rate of the training samples as the prediction for every sample"
+
     def random_runs(self, arm: Arm) -> list[Run]:
         """Return the runs of a configuration whose AUC is no better than that of random predictions."""
         return [run for run in arm.runs if self.scores[run.name].random]
@@ -117,8 +124,8 @@ class Comparison:
         if not judged:
             return ""
         return (
-            f"verdicts are adjusted for their number, {judged}, by Holm's method: if all configurations are equal, at "
-            "most 5% of comparisons have a verdict that two differ"
+            f"verdicts and p are adjusted for their number, {judged}, by Holm's method: if all configurations are "
+            "equal, at most 5% of comparisons have a verdict that two differ"
         )
 
     def published(self, arm: Arm) -> list[str]:
