@@ -119,7 +119,7 @@ class StepTimes:
     in_training: Mapping[str, float]
     """Configuration -> milliseconds of a step in training, in the median of its runs."""
     notes: Sequence[str] = ()
-    """Reason for each configuration that was not measured."""
+    """Reason for each configuration that was not measured, or for all."""
 
     @property
     def slow_alone(self) -> list[str]:
@@ -146,6 +146,10 @@ def measure_steps(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy], cache: 
         anatomies: configuration -> its anatomy.
         cache: file with earlier measurements; those that are like the training are added to it, and not made again.
     """
+    if not all(steady(arm, names.SAMPLES_PER_SECOND) for arm in arms):
+        note = "any configuration: the speeds of runs of one configuration differ by a factor of more than 1.5, so the "
+        note += "machine was not quiet; to compare times, train again on a quiet machine, with another --output"
+        return StepTimes(alone={}, in_training={}, notes=[note])
     known = _known(cache)
     alone, notes, in_training = {}, [], {}
     for arm in arms:
@@ -164,6 +168,18 @@ def measure_steps(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy], cache: 
                 RunFolder(cache.parent).write_json(cache.name, known := known | {key: times})
         alone[arm.name] = times
     return StepTimes(alone=alone, in_training=in_training, notes=notes)
+
+
+def span(arm: Arm, name: str) -> tuple[float, float]:
+    """Return the smallest and the largest value of a metric at the end of a configuration's runs."""
+    values = [run.final[name] for run in arm.runs if run.final.get(name) is not None]
+    return min(values, default=0.0), max(values, default=0.0)
+
+
+def steady(arm: Arm, name: str) -> bool:
+    """Whether a time differs at most 1.5 times between the runs of a configuration."""
+    low, high = span(arm, name)
+    return high <= STEADY * low
 
 
 def _alike(alone: Mapping[str, float], in_training: float) -> bool:

@@ -54,6 +54,12 @@ def run(arguments: Sequence[str]) -> int:
     unknown = [] if options.config else [part for part in rest if part.startswith("-")]
     if unknown:
         raise UserError(f"unknown option {unknown[0]}; compare --help lists them")
+    for name in ("seeds", "discard_checkpoints"):
+        if getattr(options, name) and not options.config:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option} without --config: it is for the runs of an experiment; leave it out, or give one"
+            )
     if not (options.config or rest):
         raise UserError("nothing to compare: give run folders, or an experiment such as --config figure5.yaml")
     if options.output is None and not options.dry_run:

@@ -98,7 +98,7 @@ class Pair:
     def _verdict_words(self) -> str:
         title = METRIC_TITLES[self.metric]
         if self.single:
-            return f"{self.winner} and {self.loser} by {title}: no verdict"
+            return f"no verdict on {self.winner} and {self.loser} by {title}"
         if not self.same_data:
             found = "differ" if self.decided else "are not distinguishable"
             return f"{title} of {self.a} and of {self.b}, each on its own data, {found}"
@@ -116,8 +116,8 @@ class Pair:
         if self.single:
             seeds = "one seed a side" if len(self.single) == 2 else f"one seed of {self.single[0]}"
             text = (
-                f"{seeds} does not show the variation over seeds; train more seeds (--seeds) ({difference}, "
-                "without this variation)"
+                f"{seeds} does not show the variation over seeds, so train more seeds (--seeds); without this "
+                f"variation {difference}"
             )
             return text if self.same_data else f"{text}; {OTHER_DATA}"
         if not self.same_data:

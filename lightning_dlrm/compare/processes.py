@@ -125,8 +125,8 @@ def run_jobs(jobs: Sequence[Job], environments: Sequence[Mapping[str, str]], don
     if failed:
         listed = "\n".join(f"  {job.name} {why} (complete output in {job.log})" for job, why in failed)
         raise UserError(
-            f"{len(failed)} of {len(jobs)} runs failed; the others are kept, and the same command continues with the "
-            f"failed runs:\n{listed}"
+            f"{len(failed)} of {len(jobs)} runs failed; the others are kept. The same command continues with the "
+            f"failed runs; to compare without them, give the folders of the others in place of --config:\n{listed}"
         )
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -171,8 +171,8 @@ def _untrained(comparison: Comparison) -> tuple[str, str]:
     chance = comparison.scores[comparison.runs[0].name].samples.chance
     return " ".join(sentences), (
         f"Random predictions for these samples have an AUC of 0.5, give or take {chance:.4f}. Look at the training log "
-        f"loss of {_listed(found)} in the report: if it hardly changed, train longer or with higher learning rates; "
-        "if it rose or jumped, with lower ones."
+        f"loss of {_listed(found)} in the report: if it stays above that of the click rate alone, train longer or with "
+        "higher learning rates; if it rises or jumps, with lower ones."
     )
 
 
@@ -278,14 +278,22 @@ def _by_log_loss(comparison: Comparison, first: Arm, second: Arm) -> str:
 
 
 def _unequal(comparison: Comparison) -> str:
-    """Return on how many samples each configuration was trained, as a sentence; empty if all numbers are equal."""
-    of_count: dict[str, list[str]] = {}
+    """Return which configurations have other seeds, and which were trained on how many samples; empty if all are
+    equal."""
+    text = ""
+    if seeds := _by_value(comparison, lambda arm: ", ".join(map(str, arm.seeds))):
+        text = f" Seeds differ ({seeds}), so the runs are not taken in pairs; equal seeds can make intervals shorter."
+    if counts := _by_value(comparison, sample_counts):
+        text += f" Trained on different numbers of samples: {counts}."
+    return text
+
+
+def _by_value(comparison: Comparison, value: Callable[[Arm], str]) -> str:
+    """Return the configurations with each value; empty if all have the same."""
+    of_value: dict[str, list[str]] = {}
     for arm in ranked(comparison):
-        of_count.setdefault(sample_counts(arm), []).append(arm.name)
-    if len(of_count) == 1:
-        return ""
-    listed = "; ".join(f"{', '.join(members)} {count}" for count, members in of_count.items())
-    return f" Trained on different numbers of samples: {listed}."
+        of_value.setdefault(value(arm), []).append(arm.name)
+    return "; ".join(f"{', '.join(arms)} {found}" for found, arms in of_value.items()) if len(of_value) > 1 else ""
 
 
 def _seeds(comparison: Comparison) -> str:

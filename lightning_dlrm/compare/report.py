@@ -10,13 +10,13 @@ import numpy as np
 
 from lightning_dlrm.bench.breakdown import KINDS
 from lightning_dlrm.cli.report import rounded
-from lightning_dlrm.compare.anatomy import Anatomy, StepTimes
+from lightning_dlrm.compare.anatomy import Anatomy, StepTimes, span
 from lightning_dlrm.compare.drawing import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.experiment import PlannedArm
 from lightning_dlrm.compare.numbers import in_column, p_text
 from lightning_dlrm.compare.pairs import METRIC_TITLES, Pair
 from lightning_dlrm.compare.ranking import answer, behind, distances, pair_of, ranked, with_spread
-from lightning_dlrm.compare.results import CLICK_RATE_ALONE, Comparison, sample_counts, span
+from lightning_dlrm.compare.results import CLICK_RATE_ALONE, Comparison, sample_counts
 from lightning_dlrm.compare.runs import Arm, by_data, differing, format_value
 from lightning_dlrm.compare.statistics import Score
 from lightning_dlrm.contracts.terminal import aligned, emphasized, wrapped
@@ -372,7 +372,8 @@ def _differences(comparison: Comparison) -> list[str]:
             word = "untrained" if pair.untrained else "better" if pair.decided else "none"
             rows.append([f"{pair.winner} - {pair.loser}", shown, p_text(pair.p_adjusted), word])
         lines += [*aligned(rows, left=(0, 3)), ""]
-    notes = ["verdict none: p is 0.05 or more, even if the interval excludes 0"]
+    undecided = any(not (pair.decided or pair.untrained) for pair in comparison.pairs)
+    notes = ["verdict none: p is 0.05 or more, even if the interval excludes 0"] * undecided
     notes += ["verdict untrained: a side did not train"] * any(pair.untrained for pair in comparison.pairs)
     return lines + notes
 

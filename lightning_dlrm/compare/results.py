@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_dlrm.cli.report import published_notes
-from lightning_dlrm.compare.anatomy import STEADY
+from lightning_dlrm.compare.anatomy import span, steady
 from lightning_dlrm.compare.options import Split
 from lightning_dlrm.compare.pairs import Pair, make_pair, same_data, with_one_seed
 from lightning_dlrm.compare.runs import Arm, Run, by_data, data_differences
@@ -142,7 +142,7 @@ class Comparison:
 
         If it differs more, times say nothing about the configurations.
         """
-        return all(high <= STEADY * low for low, high in (span(arm, name) for arm in self.arms))
+        return all(steady(arm, name) for arm in self.arms)
 
     @cached_property
     def reliability(self) -> dict[str, Reliability]:
@@ -211,12 +211,6 @@ class Comparison:
 
 CLICK_RATE_ALONE = "click rate alone"
 """Name of the scores that are reached without a model."""
-
-
-def span(arm: Arm, name: str) -> tuple[float, float]:
-    """Return the smallest and the largest value of a metric at the end of a configuration's runs."""
-    values = [run.final[name] for run in arm.runs if run.final.get(name) is not None]
-    return min(values, default=0.0), max(values, default=0.0)
 
 
 def sample_counts(arm: Arm) -> str:

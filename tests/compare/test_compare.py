@@ -182,6 +182,7 @@ def test_a_wrong_experiment_is_one_line(changes: Any, message: str, capsys: pyte
         (["a", "b"], "give --output DIR"),
         (["a", "--outptu", "out"], "unknown option --outptu"),
         (["a", "b", "--output", "out"], "error: there is no folder a: give a run folder"),
+        (["a", "b", "--output", "out", "--seeds", "1,2"], "--seeds without --config: it is for the runs of an experi"),
         (["--config", "small.yaml", "--output", "out"], "0 of the --config files name arms"),
         (["--config", "tiny.yaml", "--output", "out", "--data.pth", "x"], "unknown key pth; did you mean path?"),
         (["--config", "tiny.yaml", "--output", "out", "--seeds", "1,x"], "expected whole numbers"),
@@ -338,9 +339,9 @@ def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys
     assert all("one seed of DLRM and of DCN" in pair["reason"] for pair in pairs)
     said, html = capsys.readouterr().out, " ".join(Path("out/report.html").read_text().split())
     for text in (said, html):
-        assert "DLRM and DCN by AUC: no verdict" in text.replace("<strong>", "").replace("</strong>", "")
+        assert "no verdict on DLRM and DCN by AUC: one" in text.replace("<strong>", "").replace("</strong>", "")
         assert "No verdict from one seed: DLRM has the highest AUC" in text
-        assert "one seed a side does not show the variation over seeds; train more seeds (--seeds)" in text
+        assert "one seed a side does not show the variation over seeds, so train more seeds (--seeds)" in text
         assert "not distinguishable" not in text and "over the seeds" not in text
     assert "one seed each, on the test split" in said and "includes the variation" not in html
     assert all(pair["low"] > 0 or pair["high"] < 0 for pair in pairs), "the samples alone would have decided"
@@ -797,6 +798,10 @@ def test_times_are_kept_for_what_they_depend_on(monkeypatch: pytest.MonkeyPatch)
     times = dict.fromkeys(anatomies.KINDS, 2000.0 / len(anatomies.KINDS))
     before = len(measured)
     assert steps_of(arms).shown == steps_of(arms).shown == {"DLRM": times} and len(measured) == before + 1
+    # Without a steady speed of training there is nothing to compare with.
+    slow = dataclasses.replace(arms[0].runs[0], final=dict(arms[0].runs[0].final) | {names.SAMPLES_PER_SECOND: 60.0})
+    steps = steps_of([dataclasses.replace(arms[0], runs=[*arms[0].runs, slow])])
+    assert not steps.alone and "factor of more than 1.5" in steps.notes[0] and len(measured) == before + 1
 
 
 def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
