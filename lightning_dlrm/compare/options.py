@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     # Only for the list in --help: ``take_trust`` has taken it.
     training.add_argument("--trust", metavar="MODULE", help=TRUST_HELP)
     finished = parser.add_argument_group(
-        "finished runs", "RUN is the folder of a finished fit. Runs that differ in nothing but the seed are one arm."
+        "finished runs", "RUN is the folder of a finished fit. Runs that differ in their seed alone\nare one arm."
     )
     finished.add_argument(
         "--force", action="store_true", help="compare runs of different data, with a warning on every figure"

@@ -40,6 +40,7 @@ from lightning_dlrm.compare.anatomy import StepTimes, anatomy, measure_steps
 from lightning_dlrm.compare.drawing import PAGE_WIDTH
 from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
 from lightning_dlrm.compare.figures import draw_all
+from lightning_dlrm.compare.options import make_parser
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, scored_share, trained_samples
 from lightning_dlrm.compare.ranking import answer, distance, is_figure5, title_of
 from lightning_dlrm.compare.results import compare
@@ -193,6 +194,14 @@ def test_a_wrong_command_is_one_line(arguments: list[str], message: str, capsys:
     write_experiment()
     error = error_of(capsys, *arguments)
     assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_the_help_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = make_parser().format_help().splitlines()
+    assert max(map(len, lines)) <= 80
+    groups = [lines.index(f"{group}:") for group in ("examples", "an experiment", "finished runs", "the result")]
+    assert groups == sorted(groups)
 
 
 def test_a_dry_run_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
