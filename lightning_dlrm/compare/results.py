@@ -99,12 +99,13 @@ class Comparison:
 
     @property
     def click_rate_alone(self) -> Mapping[str, float]:
-        """Metrics of predicting the click rate of the training samples for every sample; empty if the data differ."""
+        """Metrics of predicting the click rate of the training samples for every sample; empty if it is not known, or
+        if the data differ."""
         return {} if self.warnings else self.scores[self.runs[0].name].samples.of_click_rate
 
     @property
     def click_rate_note(self) -> str:
-        """Return what the click rate alone is; empty if the data differ."""
+        """Return what the click rate alone is; empty without its metrics."""
         if not self.click_rate_alone:
             return ""
         return f"{CLICK_RATE_ALONE}: the click rate of the training samples as the prediction for every sample"

@@ -33,8 +33,8 @@ class Samples:
     """The labels and groups of every sample of a split, in row order."""
 
     labels: NDArray[np.int8]
-    click_rate: float
-    """Click rate of the training samples; of these samples if that is not known."""
+    click_rate: float | None
+    """Click rate of the training samples; None if it is not known."""
     groups: NDArray[np.int64] | None = None
     """Number of each sample's group: see ``Batch.group``; None without groups."""
 
@@ -46,7 +46,9 @@ class Samples:
 
     @cached_property
     def of_click_rate(self) -> dict[str, float]:
-        """Metrics of predicting the click rate for every sample: see ``click_metrics``."""
+        """Metrics of predicting the click rate for every sample: see ``click_metrics``; empty if it is not known."""
+        if self.click_rate is None:
+            return {}
         return _metrics(np.full(len(self.labels), self.click_rate, np.float32), self)
 
 
@@ -142,7 +144,7 @@ def read_samples(run: Run, split: Split, group: str | None = None) -> Samples:
         raise UserError(f"all {len(labels):,} labels of the {split} split are {labels[0]}: compare on another --split")
     train = data.schema.splits.get("train")
     clicks, rows = (0, 0) if train is None else (train.positives or 0, train.rows)
-    click_rate = clicks / rows if 0 < clicks < rows else float(labels.mean())
+    click_rate = clicks / rows if 0 < clicks < rows else None
     if batches[0][1] is None:
         return Samples(labels=labels, click_rate=click_rate)
     groups: NDArray[np.int64] = torch.cat([number for _, number in batches]).numpy()
