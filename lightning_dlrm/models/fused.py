@@ -31,7 +31,7 @@ def fusible_layers(modules: Iterable[nn.Module], x_Bd: Tensor) -> list[tuple[nn.
 
     They must if a module is not exactly a Linear with a bias or a ReLU, if a module has hooks (pruning uses a hook), an
     own forward method or parametrizations, if global module hooks are registered, or if the call is compiled, exported
-    or traced.
+    or traced. Widths that do not fit each other are left to torch, which says so.
 
     Args:
         modules: the modules in the order of their calls.
@@ -40,6 +40,7 @@ def fusible_layers(modules: Iterable[nn.Module], x_Bd: Tensor) -> list[tuple[nn.
     if torch.compiler.is_compiling() or type(x_Bd) is not Tensor or torch.jit.is_tracing() or _has_any_global_hook():
         return None
     layers: list[tuple[nn.Linear, bool]] = []
+    width = x_Bd.shape[-1]
     for module in modules:
         if (
             module._forward_hooks
@@ -52,6 +53,9 @@ def fusible_layers(modules: Iterable[nn.Module], x_Bd: Tensor) -> list[tuple[nn.
         if type(module) is nn.Linear:
             if module.bias is None or type(module.weight) not in (nn.Parameter, Tensor):
                 return None
+            if module.weight.shape[1] != width:
+                return None
+            width = len(module.weight)
             layers.append((module, False))
         elif type(module) is nn.ReLU and layers:
             layers[-1] = (layers[-1][0], True)

@@ -78,6 +78,12 @@ def test_a_change_takes_effect_at_the_next_call(change: str) -> None:
         torch.testing.assert_close(*results)
 
 
+def test_an_input_of_another_width_is_refused_in_torchs_words() -> None:
+    """Also if both widths are aligned with the same number of columns."""
+    with pytest.raises(RuntimeError, match=r"\(6x38 and 37x8\)"):
+        MLP([37, 8, 1])(torch.randn(6, 38))
+
+
 @pytest.mark.parametrize("registered", ["one module", "all modules"])
 def test_hooks_hear_of_each_module_until_they_are_removed(registered: str) -> None:
     mlp, x = make()
