@@ -2,7 +2,9 @@
 benchmarks is shown without them."""
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 from functools import partial
 from pathlib import Path
@@ -14,27 +16,38 @@ from lightning_dlrm.contracts.terminal import wrapped
 if TYPE_CHECKING:
     from lightning_dlrm.bench.measurement import Measurement
 
+DESCRIPTION = """\
+Measure the speed of a part of this project on this machine.
+
+examples:
+  python -m lightning_dlrm bench step
+  python -m lightning_dlrm bench paper --batches 100 --plot paper.png
+"""
+
 WORKS: dict[str, str] = {
-    "lookup": "the tables alone: lookup, backward, update",
+    "lookup": "the embedding tables alone",
     "step": "a training step on batches in memory",
     "fit": "a whole fit from a dataset folder, against bare loops",
-    "paper": "the benchmark of the DLRM paper's section 5.2, by operator and as a roofline",
-    "gpu": "all targets for one GPU, checked and timed in one call",
-    "auc": "the exact AUC at the size of Terabyte's held-out day",
-    "sharding": "training steps with tables in pieces on several processes, against copied tables",
-    "trace": "profiling a column's accesses, and generating accesses from the profile",
-    "loader": "batches of the stream, against bare Parquet decoding of the same files",
-    "preprocess": "raw TSV to the final dataset folder: speed, memory, disk",
+    "paper": "the benchmark of the DLRM paper, section 5.2",
+    "gpu": "everything for one GPU, in one call",
+    "auc": "the exact AUC, against scikit-learn",
+    "sharding": "training steps with tables in pieces on several processes",
+    "trace": "the profiling and generation of accesses",
+    "loader": "the reading of a dataset, against bare Parquet decoding",
+    "preprocess": "raw text to a dataset folder: speed, memory and disk",
 }
-"""Subcommand -> what it measures. Module ``lightning_dlrm.bench.<subcommand>`` has ``DESCRIPTION``,
+"""Subcommand -> what it measures. Module ``lightning_dlrm.bench.<subcommand>`` has ``DESCRIPTION``, ``DETAILS``,
 ``add_arguments(parser)`` and ``run(args)``, which returns the rows, or yields each when it is measured."""
 
+_IMMEDIATE = ("gpu",)
+"""Benchmarks that print while they measure."""
 _ON_CPUS = ("loader", "preprocess")
 """Benchmarks that read data, without a device or a precision."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmarks to a parser, a ``PlainParser``; ``run`` takes the parsed options."""
+    parser.description, parser.epilog = DESCRIPTION, "bench COMMAND --help lists the options of a benchmark."
     works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
     for name, text in WORKS.items():
         works.add_parser(name, help=text, add_options=partial(_add_options, name))
@@ -43,36 +56,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_options(work: str, parser: argparse.ArgumentParser) -> None:
     """Add the options of a benchmark to its parser."""
     module = importlib.import_module(f"lightning_dlrm.bench.{work}")
-    parser.description = module.DESCRIPTION
+    parser.description, parser.epilog = module.DESCRIPTION, module.DETAILS
     module.add_arguments(parser)
     if work in _ON_CPUS:
         # Scripts may call every benchmark with the same options.
-        parser.add_argument("--device", default="cpu", choices=("cpu",), help="cpu only")
-        parser.add_argument("--precision", default="32-true", choices=("32-true",), help="32-true only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to a file, as a list of objects")
+        parser.add_argument("--device", default="cpu", choices=("cpu",), help=argparse.SUPPRESS)
+        parser.add_argument("--precision", default="32-true", choices=("32-true",), help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, and return the exit code.
+    """Measure, print the result, a table of all rows and details, and return the exit code.
 
     Raises:
         UserError: an option is out of range, or a file cannot be read or written.
     """
-    from lightning_dlrm.bench.measurement import machine, render
+    from lightning_dlrm.bench.measurement import machine
+    from lightning_dlrm.bench.rendering import headline, render
 
     if args.json is not None and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
-    print(wrapped([machine()]))
     rows: list[Measurement] = []
+    details = io.StringIO()
+    # Rows of a GPU are shown when they are done; otherwise details come below the result.
+    beside = contextlib.nullcontext() if args.work in _IMMEDIATE else contextlib.redirect_stdout(details)
     try:
-        for row in importlib.import_module(f"lightning_dlrm.bench.{args.work}").run(args):
-            rows.append(row)
-            if args.json is not None:
-                _write(args.json, rows)
+        with beside:
+            for row in importlib.import_module(f"lightning_dlrm.bench.{args.work}").run(args):
+                rows.append(row)
+                if args.json is not None:
+                    _write(args.json, rows)
     finally:
         # What was measured before an error counts.
         if rows:
-            print(wrapped(render(rows).splitlines()))
+            parts = [headline(rows), render(rows).splitlines(), details.getvalue().strip().splitlines()]
+            print("\n\n".join(wrapped(part) for part in parts if part))
+            print(wrapped([machine()]))
     return 0
 
 

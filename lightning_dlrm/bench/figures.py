@@ -1,5 +1,6 @@
 """Figures of ``bench paper``, which are also readable in black and white."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise, product
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from lightning_dlrm.bench.roofline import Cost, MachineRates, Part
 from lightning_dlrm.contracts.errors import UserError
@@ -88,9 +90,9 @@ def draw_breakdown(
                 axes.text(middle, row, f"{width:.3g} {unit}", ha="center", va="center", fontsize=8, bbox=box)
         begins = {name: begin + widths[name] for name, begin in begins.items()}
     for row, (name, end) in enumerate(begins.items()):
-        without = f"without profiler:\n {unprofiled[name] / size:.3g} {unit}"
-        axes.text(end, row, f" {end:.3g} {unit}\n {without}", va="center", fontsize=8)
-    axes.set(xlim=(0, longest / size * 1.2), xlabel=f"{words} of a training step, under the profiler")
+        text = f" {end:.3g} {unit} under the profiler\n {unprofiled[name] / size:.3g} {unit} without it"
+        axes.text(end, row, text, va="center", fontsize=8)
+    axes.set(xlim=(0, longest / size * 1.28), xlabel=f"{words} of a training step, under the profiler")
     axes.set_title(f"{title}, {DEVICES[device]}\n{_UPDATE_NOTE}", fontsize=8, color="0.35", loc="left")
     figure.suptitle("Where the time of a training step goes", **_TITLE)
     axes.grid(axis="x", color="0.92")
@@ -158,8 +160,8 @@ def draw_roofline(
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(True, which="major", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(f"{precision}: {rates.bytes / 1e9:.3g} GB/s, {peak / 1e9:.3g} GFLOP/s", fontsize=9, loc="left")
-    panels[0].set_ylabel("GFLOP/s")
+        axes.set_title(precision, fontsize=9, loc="left")
+    panels[0].set_ylabel("billions of operations per second\n(GFLOP/s)")
     panels[0].yaxis.set_major_formatter("{x:g}")
     figure.suptitle("How near each part of lightning_dlrm comes to the limits of this machine", **_TITLE)
     notes = [
@@ -169,13 +171,32 @@ def draw_roofline(
     ]
     figure.supxlabel(";\n".join(notes), fontsize=8, color="0.35")
     figure.draw_without_rendering()
-    for axes, marks, roof in labelled:
-        _label(axes, marks, roof)
+    for (axes, marks, roof), precision in zip(labelled, precisions, strict=True):
+        _label(axes, marks, roof, _limits(axes, rates, precision, roof))
     _save(figure, path)
+
+
+def _limits(axes: Axes, rates: MachineRates, precision: str, roof: Sequence[tuple[float, float]]) -> Sequence[Text]:
+    """Write the limits of the machine along its roof: memory where it rises, arithmetic where it is flat."""
+    (low, below), (ridge, peak), (high, _) = roof
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": "0.35"}
+    words = f"arithmetic: {rates.flops[precision] / 1e9:.3g} GFLOP/s"
+    limits = [axes.annotate(words, (high, peak), (0, 4), ha="right", **style)] if ridge < high else []
+    if ridge > low:
+        begin, end = axes.transData.transform(roof[:2])
+        turned = math.degrees(math.atan2(end[1] - begin[1], end[0] - begin[0]))
+        words = f"memory: {rates.bytes / 1e9:.3g} GB/s"
+        limits.append(axes.annotate(words, (low, below), (-3, 5), rotation=turned, rotation_mode="anchor", **style))
+    return limits
 
 
 _Box = tuple[float, float, float, float]
 """Left, bottom, right, top, pixels."""
+
+
+def _box(text: Text) -> _Box:
+    left, bottom, right, top = map(float, text.get_window_extent().extents)
+    return left, bottom, right, top
 
 
 def _gap(box: _Box, other: _Box) -> float:
@@ -184,17 +205,21 @@ def _gap(box: _Box, other: _Box) -> float:
     return min(_FAR_PX, max(sides))
 
 
-def _label(axes: Axes, marks: Mapping[str, tuple[float, float]], roof: Sequence[tuple[float, float]]) -> None:
-    """Write the label of each mark on the side where all are farthest from each other, from marks and from the roof."""
+def _label(
+    axes: Axes, marks: Mapping[str, tuple[float, float]], roof: Sequence[tuple[float, float]], limits: Sequence[Text]
+) -> None:
+    """Write the label of each mark on the side where all are farthest from each other, from marks, from the roof and
+    from its limits."""
     frame = axes.bbox.padded(-_FAR_PX)
     corners = axes.transData.transform(roof)
     line = [begin + share * (end - begin) for begin, end in pairwise(corners) for share in np.linspace(0, 1, 100)]
     spots = [
         (x - _MARK_PX, y - _MARK_PX, x + _MARK_PX, y + _MARK_PX) for x, y in axes.transData.transform([*marks.values()])
     ]
+    texts = [_box(text) for text in limits]
     options: list[list[tuple[float, _Box, dict[str, Any]]]] = []
     for number, (text, place) in enumerate(marks.items()):
-        others = [*((x, y, x, y) for x, y in line), *spots[:number], *spots[number + 1 :]]
+        others = [*((x, y, x, y) for x, y in line), *spots[:number], *spots[number + 1 :], *texts]
         options.append([])
         for offset, align in _SIDES:
             look: dict[str, Any] = {
@@ -205,9 +230,8 @@ def _label(axes: Axes, marks: Mapping[str, tuple[float, float]], roof: Sequence[
                 "ha": align,
             }
             label = axes.annotate(**look, fontsize=8)
-            left, bottom, right, top = map(float, label.get_window_extent().extents)
+            box = left, bottom, right, top = _box(label)
             label.remove()
-            box = left, bottom, right, top
             inside = frame.x0 < left and right < frame.x1 and frame.y0 < bottom and top < frame.y1
             options[-1].append((min(_gap(box, other) for other in others) if inside else -_FAR_PX, box, look))
 

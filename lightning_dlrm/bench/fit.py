@@ -40,27 +40,30 @@ from lightning_dlrm.bench.measurement import (
 from lightning_dlrm.bench.processes import Worker
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.terminal import wrapped
 
 DESCRIPTION = """\
-Times training of the paper's DLRM (Kaggle's shape: 540 million parameters on the demo data) with plain SGD and with
-everything that a run does except validations and checkpoints, in turns:
-  ours, fit             the command fit in a process of its own: Lightning, metrics every 100 steps, progress, W&B
-                        offline, the stream
-  ours, bare loop       the same step in a plain for loop over the same stream
-  baseline, plain loop  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, over the same stream
-  peer, whole program   with --peer, dlrm_s_pytorch.py of a checkout of facebookresearch/dlrm with its own loader, in
-                        float32, on the same rows; "data_wait" is the share of its time that its loader takes
-"of_bare_loop" is the throughput of the fit as a share of the bare loop's. Ratios are medians over the rounds; the
-contenders run one after the other in each round. Each makes its steps twice, and the second time counts: a fit does not
-share the processor's caches with other models.
-
-Each contender has the model in memory: 2.2 GB for each of three to five contenders.
+Time a whole fit from a dataset folder, and bare loops over the same rows.
 
 examples:
   python -m lightning_dlrm bench fit --precision 32-true bf16-mixed
   python -m lightning_dlrm bench fit --batch-size 128 --steps 200 --compile
   python -m lightning_dlrm bench fit --batch-size 128 --steps 200 --peer ~/dlrm --peer-python ~/numpy1/bin/python
+"""
+DETAILS = """\
+The model is the paper's DLRM (540 million parameters on the demo data), trained with plain SGD and without validations
+or checkpoints.
+
+what is timed, in turns:
+  ours, fit             the command fit in a process of its own: Lightning, metrics every 100 steps, progress, W&B
+                        offline, the stream
+  ours, bare loop       the same step in a plain for loop over the same stream
+  baseline, plain loop  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, over the same stream
+  peer, whole program   with --peer, dlrm_s_pytorch.py of a checkout of facebookresearch/dlrm with its own loader, in
+                        float32, on the same rows
+
+Ratios are medians over the rounds. Each contender makes its steps twice in a round, and the second time counts, because
+a fit does not share the processor's caches with other models. Each has the model in memory, 2 GiB for each of three to
+five contenders.
 """
 
 WARM_UP_STEPS = 20
@@ -112,7 +115,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             contenders["peer", "whole program", "32-true"] = partial(worker, args.steps)
             waited = worker.waited
         rates = roofline.measure_rates(device, args.precision)
-        print(wrapped([str(rates)]))
+        print(rates)
         some = list(islice(loader(), 4))
         floor = {precision: roofline.floor(workload, some, rates, precision) for precision in args.precision}
         seconds = time_rounds(contenders, args.rounds, warm_up=1, steps=args.steps, repeated=True)

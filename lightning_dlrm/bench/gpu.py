@@ -28,10 +28,10 @@ from lightning_dlrm.bench.measurement import (
     finisher,
     open_dataset,
     peak_bytes,
-    render,
     time_rounds,
 )
 from lightning_dlrm.bench.predict import Gpu
+from lightning_dlrm.bench.rendering import render
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.contracts.terminal import aligned
@@ -41,22 +41,25 @@ from lightning_dlrm.tables.embeddings import TableSettings
 from lightning_dlrm.tables.lookup import EmbeddingTables
 
 DESCRIPTION = """\
-Runs on a CUDA device: training steps of several models and batch sizes in bfloat16, losses against those of plain
-float32, and a whole fit from Parquet. The rows come in the order of their importance. Each is printed, and written to
---json, when it is done; a row that fails, such as one that does not fit into memory, is written with its error, and the
-next one begins. The command fails at the end if a row failed, or missed its target for an H100 or H200. If --budget
-leaves no time for a row, the row is written as not started, which is not a failure.
-
-A row of a step also has the time of the host ("host_s", measured without waiting for the device) and the most memory of
-the device ("peak_bytes"). The rows of steps need neither W&B nor jsonargparse. With --predict nothing runs on a GPU:
-the command prints what each row should reach by counted operations, bytes and launches, with the assumptions.
-
-Tests of the fused kernels on a GPU: pytest -m gpu tests/kernels/test_gpu.py
+Check and time everything for one GPU in one call, and compare with targets.
 
 examples:
   python -m lightning_dlrm bench gpu --budget 360 --json gpu.json
   python -m lightning_dlrm bench gpu --only "step dlrm" fit --threads 12
   python -m lightning_dlrm bench gpu --predict
+"""
+DETAILS = """\
+The rows are training steps of several models and batch sizes in bfloat16, losses compared with those of plain float32,
+and a whole fit from Parquet, the most important first. Each row is printed, and written to --json, when it is done. A
+row that fails, for example for lack of memory, is written with its error, and the next one begins. A row for which
+--budget leaves no time is written as not started. The exit code is 2 if a row failed, or missed its target for an H100
+or H200.
+
+A row of a step also has the time of the host, measured without waiting for the device, and the most memory of the
+device. With --predict nothing runs on a GPU: the command prints what each row should reach by counted operations, bytes
+and launches, with the assumptions.
+
+Tests of the fused kernels on a GPU: pytest -m gpu tests/kernels/test_gpu.py
 """
 
 PRECISION = "bf16-mixed"
@@ -100,7 +103,7 @@ class Target:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help=f"cpu to try the rows ({DEFAULT})")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help=f"cpu only tries the rows {DEFAULT}")
     names = list(dict.fromkeys(row.name.partition(",")[0] for row in ROWS))
     parser.add_argument(
         "--only",

@@ -27,21 +27,23 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DataFile
 
 DESCRIPTION = """\
-Times whole epochs of a dataset's training split: ours as batches in shuffled order, and as the baseline a bare
-pyarrow.parquet.ParquetFile.read_row_group of all columns of the same files, on as many threads, without batches. Both
-verify the checksums of pages, or, in rows named "unverified", neither does. "of_baseline" is the throughput of ours as
-a share of the baseline's with as many threads. Also prints the time to the first batch, and what a first epoch adds to
-the process's peak memory.
-
-Rows named "epochs of 32" read epochs of 32 large batches, one after the other as fit does for a GPU: four epochs are
-timed, after two that allocate the memory that later epochs reuse. "of_baseline_cpu" compares processor time,
-which other work on the machine disturbs less, and "seam_s" is the median time from the last batch of an epoch to the
-first batch of the next.
+Time the reading of a dataset's training rows as batches.
 
 examples:
   python -m lightning_dlrm bench loader
   python -m lightning_dlrm bench loader --data criteo --threads 1 --rounds 9
   python -m lightning_dlrm bench loader --only epochs --threads 2 --rounds 7
+"""
+DETAILS = """\
+what is timed, in turns:
+  ours      whole epochs as batches in shuffled order
+  baseline  a bare pyarrow.parquet.ParquetFile.read_row_group of all columns of the same files, on as many threads,
+            without batches
+
+Both verify the checksums of pages, or, in rows named "unverified", neither does. Other rows are the time to the first
+batch, and "epochs of 32": epochs of 32 large batches, one after the other as fit reads them for a GPU, four of them
+after two that allocate the memory that later epochs reuse. Processor time is less disturbed by other work on the
+machine than elapsed time.
 """
 
 Key = tuple[str, int, int]
@@ -57,10 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     parser.add_argument(
         "--batch-sizes", "--batch-size", type=int, nargs="+", default=[2048, 128, 16_384], metavar="N",
-        help="default: 2048 128 16384",
+        help="samples of a batch, one size or more (default: 2048 128 16384)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
-    parser.add_argument("--only", choices=("epochs",), help="time epochs of large batches, one after the other, only")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="one number or more (default: 1 2)"
+    )
+    parser.add_argument("--only", choices=("epochs",), metavar="epochs", help="time only epochs of large batches")
     add_rounds(parser)
 
 

@@ -25,7 +25,6 @@ from lightning_dlrm.bench.measurement import (
 from lightning_dlrm.bench.step import DRAWN_BATCHES, StepKey, speeds_of_ours
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.terminal import wrapped
 from lightning_dlrm.kernels.choice import Kernels
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import RowWiseAdagrad
@@ -33,17 +32,20 @@ from lightning_dlrm.tables.lookup import EmbeddingTables
 from lightning_dlrm.tables.table import Table
 
 DESCRIPTION = """\
-Times lookup, backward and update of embedding tables with log-uniform ids (low ids are frequent), in turns:
-  ours      one fused table, row-wise Adagrad, with the kernels of --kernels
-  baseline  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.Adagrad
-  peer      FBGEMM's table-batched embedding with its fused row-wise Adagrad, if it is installed
-            (pip install 'lightning-dlrm[fbgemm]')
-
-With bf16-mixed, vectors and their gradients are bfloat16, as under autocast; tables stay float32.
+Time the embedding tables alone: lookup, backward pass and update.
 
 examples:
   python -m lightning_dlrm bench lookup
   python -m lightning_dlrm bench lookup --bag 1 100 --tables 8 --width 64
+"""
+DETAILS = """\
+what is timed, in turns, with log-uniform ids (low ids are frequent):
+  ours      one fused table, row-wise Adagrad, with the kernels of --kernels
+  baseline  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.Adagrad
+  peer      FBGEMM's table-batched embedding with its fused row-wise Adagrad, if it is installed (pip install
+            'lightning-dlrm[fbgemm]')
+
+With bf16-mixed, vectors and their gradients are bfloat16, as under autocast; tables stay float32.
 """
 
 _LEARNING_RATE = 0.01
@@ -52,14 +54,18 @@ _EPSILON = 1e-8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
-    parser.add_argument("--tables", type=int, default=26, metavar="N", help=DEFAULT)
-    parser.add_argument("--rows", type=int, default=1_000_000, metavar="N", help=f"rows of each table ({DEFAULT})")
-    parser.add_argument("--width", type=int, default=16, metavar="D", help=DEFAULT)
+    parser.add_argument("--tables", type=int, default=26, metavar="N", help=f"number of tables {DEFAULT}")
+    parser.add_argument("--rows", type=int, default=1_000_000, metavar="N", help=f"rows of each table {DEFAULT}")
+    parser.add_argument("--width", type=int, default=16, metavar="N", help=f"numbers of a row {DEFAULT}")
     parser.add_argument(
-        "--bag", type=int, nargs=2, metavar=("MIN", "MAX"), help="ids of a bag, uniform (default: one id each)"
+        "--bag",
+        type=int,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="ids of a lookup, uniform (default: one each)",
     )
     add_steps(parser)
-    parser.add_argument("--kernels", default="auto", choices=get_args(Kernels), help=f"kernels of ours ({DEFAULT})")
+    parser.add_argument("--kernels", default="auto", choices=get_args(Kernels), help=f"kernels of ours {DEFAULT}")
 
 
 def run(args: argparse.Namespace) -> list[Measurement]:
@@ -78,7 +84,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     batches = [draw_batch(workload, args.batch_size, seed).to(device) for seed in range(DRAWN_BATCHES)]
     contenders = _contenders(args, workload, batches, device)
     rates = roofline.measure_rates(device, args.precision)
-    print(wrapped([str(rates)]))
+    print(rates)
     seconds = time_rounds(contenders, args.rounds, warm_up=1, steps=args.steps)
     return [
         Measurement.of_rounds(

@@ -15,43 +15,47 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from datamodules.folder import load_schema
 from datamodules.generate.demo import DemoSettings, demo_folder, generate_demo
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
-from lightning_dlrm.contracts.terminal import aligned
 from lightning_dlrm.kernels.choice import choose
 
 PRECISIONS = ("32-true", "bf16-mixed")
-DEFAULT = "default: %(default)s"
+DEFAULT = "(default: %(default)s)"
 
 
 def add_rounds(parser: argparse.ArgumentParser, rounds: int = 5) -> None:
     """Add ``--rounds``."""
     parser.add_argument(
-        "--rounds", type=int, default=rounds, metavar="N", help=f"rounds, of which the median counts ({DEFAULT})"
+        "--rounds",
+        type=int,
+        default=rounds,
+        metavar="N",
+        help=f"timings of each contender; the median counts {DEFAULT}",
     )
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--device``, ``--precision``, ``--batch-size``, ``--rounds``."""
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help=DEFAULT)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help=f"where to compute {DEFAULT}")
     parser.add_argument(
         "--precision",
         nargs="+",
         default=["32-true"],
         choices=PRECISIONS,
         metavar="NAME",
-        help=f"one or more of {', '.join(PRECISIONS)}, all in the same run (default: 32-true)",
+        help=f"{' or '.join(PRECISIONS)}, or both in the same run (default: 32-true)",
     )
-    parser.add_argument("--batch-size", type=int, default=2048, metavar="N", help=DEFAULT)
+    parser.add_argument("--batch-size", type=int, default=2048, metavar="N", help=f"samples of a batch {DEFAULT}")
     add_rounds(parser)
 
 
 def add_steps(parser: argparse.ArgumentParser) -> None:
     """Add ``--steps``."""
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help=f"steps of a round ({DEFAULT})")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help=f"steps of a round {DEFAULT}")
 
 
 def add_max_rows(parser: argparse.ArgumentParser) -> None:
@@ -66,14 +70,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def add_peer_python(parser: argparse.ArgumentParser) -> None:
     """Add ``--peer`` and ``--peer-python``."""
-    parser.add_argument(
-        "--peer", type=Path, metavar="DIR", help="checkout of facebookresearch/dlrm, which is timed as well"
-    )
+    parser.add_argument("--peer", type=Path, metavar="DIR", help="checkout of facebookresearch/dlrm, to time it too")
     parser.add_argument(
         "--peer-python",
         default=sys.executable,
         metavar="FILE",
-        help="interpreter of the peer; it needs numpy<2, torch, scikit-learn, tensorboard (default: this one)",
+        help="Python for --peer, with numpy<2, torch, scikit-learn and tensorboard (default: this Python)",
     )
 
 
@@ -205,7 +207,7 @@ def time_rounds(
         Name -> seconds of one step in each round.
     """
     seconds: dict[Key, list[float]] = {name: [] for name in contenders}
-    for round_ in range(warm_up + rounds):
+    for round_ in tqdm(range(warm_up + rounds), desc="Measuring", unit=" rounds", leave=False, disable=None):
         for name in list(contenders)[:: 1 if round_ % 2 == 0 else -1]:
             if repeated:
                 contenders[name]()
@@ -227,36 +229,6 @@ def times_as_fast(seconds: Sequence[float], other: Sequence[float]) -> float:
 def peak_bytes() -> int:
     """Return the peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def render(rows: Sequence[Measurement]) -> str:
-    """Return the rows as a table for a terminal: cases, their implementations, and those' extra numbers."""
-    shown = [row for row in rows if row.shown or row.error]
-    cells: list[tuple[str, ...]] = [("", "median", "spread", "samples/s", "floor", "x floor")]
-    for row in shown:
-        floor = row.floor_s
-        cells.append(
-            (
-                f"  {row.implementation}",
-                *(
-                    ["", "", ""]
-                    if row.error
-                    else [duration(row.median_s), duration(row.spread_s), f"{row.samples_per_s:,.0f}"]
-                ),
-                "" if floor is None or row.error else duration(floor),
-                "" if floor is None or row.error else f"{row.median_s / floor:.2f}",
-            )
-        )
-    header, *lines = aligned(cells, left=(0,))
-    text, case = [header], ""
-    for row, line in zip(shown, lines, strict=True):
-        text += [row.case] * (row.case != case) + [line]
-        case = row.case
-        if row.error:
-            text.append(f"    {row.error}")
-        elif row.extra:
-            text.append("    " + ", ".join(f"{name} {value:,.4g}" for name, value in row.extra.items()))
-    return "\n".join(text)
 
 
 def machine() -> str:

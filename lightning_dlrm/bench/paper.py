@@ -25,21 +25,26 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.terminal import aligned
 
 DESCRIPTION = """\
-Times the benchmark of the DLRM paper's section 5.2: 8 tables of 1M x 64 with 1 to 100 ids each, 512 dense features,
-bottom MLP 512-512-64, top MLP 1024-1024-1024-1, 1,000 batches of 2,048, plain SGD. Published: 256 s on two Xeon 6138,
-62 s on a V100. Prints
-
-  - the total time of ours, a plain baseline and, with --peer, facebookresearch/dlrm, in turns;
-  - a step by operator, measured separately with PyTorch's profiler (on a CUDA device, the time of kernels);
-  - for each part of the model its operations, memory traffic, what bounds it here, and its share of that bound.
-
-With --max-rows, or another batch size, this is no longer the published benchmark, and no time for 1,000 batches is
-given; the time for 1,000 batches is projected if --batches is less.
+Time the benchmark of the DLRM paper, and show where the time goes.
 
 examples:
   python -m lightning_dlrm bench paper --batches 100 --precision 32-true bf16-mixed --plot paper.png
   python -m lightning_dlrm bench paper --peer ~/dlrm --peer-python ~/numpy1/bin/python
   python -m lightning_dlrm bench paper --device cuda --precision bf16-mixed
+"""
+DETAILS = """\
+what is printed:
+  result    time of 1,000 batches for this project, for plain PyTorch (the baseline), and with --peer for
+            facebookresearch/dlrm; projected if --batches is less
+  operators time of each operator in a step, measured separately with PyTorch's profiler (on a CUDA device, the time of
+            kernels)
+  roofline  for each part of the model its operations, its memory traffic, what bounds it on this machine, and its share
+            of that bound
+
+The benchmark is that of section 5.2 of Naumov et al. 2019: 8 tables of 1M x 64 with 1 to 100 ids each, 512 dense
+features, bottom MLP 512-512-64, top MLP 1024-1024-1024-1, 1,000 batches of 2,048, and plain SGD. Published times: 256 s
+on two Xeon 6138, 62 s on a V100. With --max-rows or another batch size it is another benchmark, and no time of 1,000
+batches is given.
 """
 
 OPERATORS: Mapping[str, tuple[str, ...]] = {
@@ -68,14 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=_PUBLISHED_BATCHES,
         metavar="N",
-        help=f"batches of all rounds ({DEFAULT})",
+        help=f"batches of all rounds together {DEFAULT}",
     )
     add_max_rows(parser)
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw the operators in this .png, .pdf or .svg, and the roofline beside it with -roofline in its name",
+        help="draw the operators in this .png, .pdf or .svg file; the roofline goes to a file beside it, with "
+        "-roofline in its name",
     )
     add_peer_python(parser)
 

@@ -39,25 +39,30 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, DatasetSchema
 
 DESCRIPTION = """\
-Times in turns, each in a process of its own, so that memory is measured too:
-  ours      the whole command preprocess, its start included: TSV to the checksummed dataset folder
-  baseline  pyarrow.csv.read_csv of the same file into memory, and nothing more; its start not included. Of Criteo's
-            files types are given; of logs pyarrow finds them.
-  peer      with --peer, the preprocessing of a checkout of facebookresearch/dlrm, on the first rows; its start not
-            included. It fails on NumPy 2: name an interpreter that has numpy<2 with --peer-python.
-
---dataset log times preprocess --schema on a CSV of 20 columns: label, time, 6 numbers and 12 categories, of which three
-have up to a million values. --dataset avazu times it on one of 24 columns, of which 21 are categorical.
-
-Memory, CPU time and disk space come from one more run of each, which is not timed because sampling takes time: the peak
-memory of all processes together, sampled 50 times a second, with shared pages counted once; and the peak size of the
-working folder without the input. With enough rows, a prediction for the real data sets is printed too.
+Time the command preprocess, and measure its memory and disk space.
 
 examples:
   python -m lightning_dlrm bench preprocess
   python -m lightning_dlrm bench preprocess --dataset log
   python -m lightning_dlrm bench preprocess --rows 20000000 --rounds 1 --folder /big/disk
   python -m lightning_dlrm bench preprocess --peer ~/dlrm --peer-python ~/numpy1/bin/python
+"""
+DETAILS = """\
+what is timed, in turns, each in a process of its own:
+  ours      the whole command preprocess, its start included: text to the checksummed dataset folder
+  baseline  pyarrow.csv.read_csv of the same file into memory, and nothing more; its start not included. Of Criteo's
+            files types are given; of logs pyarrow finds them.
+  peer      with --peer, the preprocessing of a checkout of facebookresearch/dlrm, on the first rows; its start not
+            included. It fails on NumPy 2: name an interpreter that has numpy<2 with --peer-python.
+
+datasets of --dataset that are not Criteo's:
+  log       a CSV of 20 columns: label, time, 6 numbers and 12 categories, of which three have up to a million values
+  avazu     a CSV of 24 columns, of which 21 are categorical
+
+Memory, processor time and disk space come from one more run of each, which is not timed because sampling takes time.
+Memory is the peak of all processes together, sampled 50 times a second, with shared pages counted once. Disk space is
+the peak size of the working folder without the input. With enough rows, a prediction for the real data sets is printed
+too.
 """
 
 _LOGS = ("log", "avazu")
@@ -108,28 +113,26 @@ _PEER = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, default=1_000_000, metavar="N", help=f"rows to generate ({DEFAULT})")
+    parser.add_argument("--rows", type=int, default=1_000_000, metavar="N", help=f"rows to generate {DEFAULT}")
     parser.add_argument(
         "--input",
         type=Path,
         metavar="FILE",
         help="uncompressed raw text of this --dataset, to read instead of generated rows",
     )
-    parser.add_argument("--dataset", default="kaggle", choices=(*TSV_DATASETS, *_LOGS), help=DEFAULT)
-    parser.add_argument("--protocol", default="dlrm", metavar="NAME", help=DEFAULT)
+    parser.add_argument("--dataset", default="kaggle", choices=(*TSV_DATASETS, *_LOGS), help=f"what to read {DEFAULT}")
+    parser.add_argument("--protocol", default="dlrm", metavar="NAME", help=f"protocol of Criteo's files {DEFAULT}")
     add_rounds(parser, 3)
     parser.add_argument(
         "--baseline-rows",
         type=int,
         default=5_000_000,
         metavar="N",
-        help=f"first rows for the bare parse, which holds all of them, 0.5 GB a million ({DEFAULT})",
+        help=f"first rows for the baseline, which needs 0.5 GiB of memory for a million {DEFAULT}",
     )
     parser.add_argument("--folder", type=Path, metavar="DIR", help="folder for temporary files (default: the system's)")
     add_peer_python(parser)
-    parser.add_argument(
-        "--peer-rows", type=int, default=60_000, metavar="N", help=f"first rows for the peer ({DEFAULT})"
-    )
+    parser.add_argument("--peer-rows", type=int, default=60_000, metavar="N", help=f"first rows for --peer {DEFAULT}")
 
 
 def run(args: argparse.Namespace) -> list[Measurement]:

@@ -37,9 +37,18 @@ from lightning_dlrm.tables.embeddings import TableSettings
 from lightning_dlrm.tables.lookup import EmbeddingTables, placed_by
 
 DESCRIPTION = """\
-Times whole training steps of the paper's DLRM at Kaggle's table sizes (540 million parameters) with plain SGD, in
-several processes on this machine over gloo. Ids are skewed, and the contenders have the same slices:
+Time training steps with tables in pieces on several processes of this machine.
 
+examples:
+  python -m lightning_dlrm bench sharding
+  python -m lightning_dlrm bench sharding --ranks 4 --batch-size 8192 --max-rows 1000000
+  python -m lightning_dlrm bench sharding --ranks 1 --threads 2 --host
+"""
+DETAILS = """\
+The model is the paper's DLRM at Kaggle's table sizes (540 million parameters), trained with plain SGD over gloo, with
+skewed ids.
+
+what is timed, in turns, on the same slices of batches:
   ours      tables in pieces on all ranks, dense layers under DDP, as the strategy embedding_sharded_ddp trains them
   baseline  every rank has all tables: one fused nn.EmbeddingBag(sparse=True) under DDP, which exchanges the sparse
             gradients, and torch.optim.SGD
@@ -48,11 +57,6 @@ several processes on this machine over gloo. Ids are skewed, and the contenders 
   host      with --host: ours with rows in host memory, which are copied to the device for each batch, and back after
             the update. The device is the CPU itself, so this is the cost of the copies without a bus and without
             overlap; on a GPU they overlap with its work
-
-examples:
-  python -m lightning_dlrm bench sharding
-  python -m lightning_dlrm bench sharding --ranks 4 --batch-size 8192 --max-rows 1000000
-  python -m lightning_dlrm bench sharding --ranks 1 --threads 2 --host
 """
 
 _BATCHES = 8
@@ -60,9 +64,9 @@ _WIDTH = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help=f"processes ({DEFAULT})")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help=f"threads of each process ({DEFAULT})")
-    parser.add_argument("--batch-size", type=int, default=2048, metavar="N", help=f"global batch ({DEFAULT})")
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help=f"number of processes {DEFAULT}")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help=f"threads of each process {DEFAULT}")
+    parser.add_argument("--batch-size", type=int, default=2048, metavar="N", help=f"samples over all ranks {DEFAULT}")
     add_max_rows(parser)
     add_steps(parser)
     parser.add_argument("--host", action="store_true", help="time tables in host memory too")

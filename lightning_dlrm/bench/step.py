@@ -37,22 +37,23 @@ from lightning_dlrm.bench.measurement import (
 )
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.terminal import wrapped
 
 DESCRIPTION = """\
-Times whole training steps with plain SGD for all parameters. All contenders train on the same drawn batches, which are
-in memory (on the device) already, in turns:
-  ours      the step of fit, without Lightning
-  baseline  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, an eager loop
-  peer      with --peer, the network and loss of a checkout of facebookresearch/dlrm, in float32
-
-The floor is a sum over the parts of the model: the least time that the operations or the memory traffic of each part
-take, at rates measured in the same run.
+Time whole training steps on batches that are in memory already.
 
 examples:
   python -m lightning_dlrm bench step --precision 32-true bf16-mixed
   python -m lightning_dlrm bench step --model paper --peer ~/dlrm --peer-python ~/numpy1/bin/python
   python -m lightning_dlrm bench step --device cuda --batch-size 65536 --precision bf16-mixed --model dcn_v2
+"""
+DETAILS = """\
+what is timed, in turns, on the same batches, with plain SGD:
+  ours      the step of fit, without Lightning
+  baseline  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, an eager loop
+  peer      with --peer, the network and loss of a checkout of facebookresearch/dlrm, in float32
+
+The floor is the sum, over the parts of the model, of the least time that their operations or their memory traffic take
+at the rates of this machine, which are measured in the same run.
 """
 
 MODELS: Mapping[str, Callable[[int | None], Workload]] = {
@@ -73,8 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="dlrm",
         choices=MODELS,
-        help="dlrm, dcn, dcn_v2: at Kaggle's table sizes, log-uniform ids; paper: section 5.2 of Naumov et al. 2019 "
-        f"({DEFAULT})",
+        metavar="NAME",
+        help="dlrm, dcn or dcn_v2, with Kaggle's table sizes and log-uniform ids, or paper, section 5.2 of Naumov et "
+        f"al. 2019 {DEFAULT}",
     )
     add_max_rows(parser)
     add_steps(parser)
@@ -133,7 +135,7 @@ def time_steps(
         count: steps of a round.
         rates: rates of the machine, for the floor.
     """
-    print(wrapped([str(rates)]))
+    print(rates)
     device = torch.device(args.device)
     contenders = {key: repeat(step, cycle(given), count, device) for key, (step, given) in steps.items()}
     with contextlib.ExitStack() as stack:

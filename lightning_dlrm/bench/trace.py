@@ -20,13 +20,16 @@ from lightning_dlrm.bench.measurement import (
 from lightning_dlrm.contracts.errors import UserError
 
 DESCRIPTION = """\
-Times the profiling of a column's accesses and the generation of accesses from the profile: uniform accesses, which are
-the worst case for an LRU stack, and skewed ones. The baseline keeps its stack in a Python list, as published generators
-do; it is timed on fewer accesses of the same kind, with a stack that holds the whole table.
+Time the profiling of a column's accesses, and the generation of accesses from it.
 
 examples:
   python -m lightning_dlrm bench trace
   python -m lightning_dlrm bench trace --table-rows 10000 --accesses 2000000
+"""
+DETAILS = """\
+The accesses are uniform, which is the worst case for an LRU stack, or skewed. The baseline keeps its stack in a Python
+list, as published generators do. It is timed on fewer accesses of the same kind, with a stack that holds the whole
+table.
 """
 
 _BASELINE_ACCESSES = 300
@@ -34,8 +37,8 @@ _PIECE = 16_384  # a row group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--table-rows", type=int, default=1_000_000, metavar="N", help=DEFAULT)
-    parser.add_argument("--accesses", type=int, default=10_000_000, metavar="N", help=DEFAULT)
+    parser.add_argument("--table-rows", type=int, default=1_000_000, metavar="N", help=f"rows of the table {DEFAULT}")
+    parser.add_argument("--accesses", type=int, default=10_000_000, metavar="N", help=f"accesses to rows {DEFAULT}")
     add_rounds(parser, 3)
 
 

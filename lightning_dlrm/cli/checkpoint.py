@@ -46,6 +46,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands and their options to a parser; ``run`` takes what it parses."""
+    parser.description = "Show, rewrite or import a checkpoint."
     parser.epilog = "import has its own options: checkpoint import --help"
     works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
     # Only for the list in --help: ``import`` takes the options of fit and has a parser of its own.

@@ -5,12 +5,15 @@ from pathlib import Path
 
 from lightning_dlrm.tracking.dashboard import Dashboard, publish, write_page
 
-EXAMPLES = """\
+DESCRIPTION = """\
+Save a W&B workspace and a report of a project's or a group's runs.
+
 examples:
   python -m lightning_dlrm dashboard
   python -m lightning_dlrm dashboard --project ads --entity team --group figure5 --comparison --by-tag
   python -m lightning_dlrm dashboard --output dashboard.html
-
+"""
+DETAILS = """\
 Each call makes a new workspace and a new report, with the sections quality, training, norms, speed, system, GPUs and
 parallel. The x axis is the number of samples trained on.
 """
@@ -18,10 +21,14 @@ parallel. The x axis is the number of samples trained on.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dashboard``."""
-    parser.epilog = EXAMPLES
-    parser.add_argument("--project", default="lightning_dlrm", help="W&B project (default: %(default)s)")
-    parser.add_argument("--entity", default="", help="user or team; by default that of the account")
-    parser.add_argument("--group", default=None, help="only the runs of this group; by default all runs of the project")
+    parser.description, parser.epilog = DESCRIPTION, DETAILS
+    parser.add_argument(
+        "--project", default="lightning_dlrm", metavar="NAME", help="W&B project (default: %(default)s)"
+    )
+    parser.add_argument("--entity", default="", metavar="NAME", help="user or team (default: that of the account)")
+    parser.add_argument(
+        "--group", metavar="NAME", help="only the runs of this group (default: all runs of the project)"
+    )
     parser.add_argument("--comparison", action="store_true", help="add a section with the results of compare")
     parser.add_argument(
         "--by-tag",

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -9,18 +10,35 @@ from typing import Any, NoReturn
 from lightning_dlrm.contracts.errors import UserError, listed, nearest, nearest_first
 from lightning_dlrm.contracts.terminal import filled, help_width
 
+_COLUMN = 29
+"""Column at which the words of an option begin, as in ``short_help``."""
+
 
 class HelpParser(argparse.ArgumentParser):
-    """An argparse parser that takes no abbreviations, raises UserError, and whose help fits the terminal."""
+    """An argparse parser without abbreviations that raises UserError; its help has the form of ``short_help``."""
 
     def __init__(self, **options: Any) -> None:
-        formatter = partial(argparse.RawDescriptionHelpFormatter, width=help_width())
-        super().__init__(**options, formatter_class=formatter, allow_abbrev=False)
+        # Lines are filled afterwards, without breaks within words.
+        formatter = partial(argparse.RawDescriptionHelpFormatter, width=100_000, max_help_position=_COLUMN)
+        super().__init__(**{"add_help": False} | options, formatter_class=formatter, allow_abbrev=False)
+        if options.get("add_help", True):
+            self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
     def format_help(self) -> str:
-        """Return the help; its description and epilog fit the terminal."""
-        self.description, self.epilog = filled(self.description or ""), filled(self.epilog or "")
-        return super().format_help()
+        """Return the help: usage, description, options with their words, epilog, filled to the terminal."""
+        words = self.description or "", self.epilog or ""
+        self.description, self.epilog = "DESCRIPTION", "EPILOG"
+        try:
+            usage, _, rest = super().format_help().partition("\n\nDESCRIPTION\n\n")
+        finally:
+            self.description, self.epilog = words
+        options = rest.removesuffix("EPILOG\n").strip("\n")
+        if self.usage is None:
+            names = re.findall(r"(?m)^  ([A-Z]\w*)\b", options)
+            usage = " ".join([f"usage: {self.prog}", *names, "[options]"])
+        groups = [_group(group) for group in options.split("\n\n")]
+        parts = [usage, filled(words[0]), *groups, filled(words[1])]
+        return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
     def error(self, message: str) -> NoReturn:
         """
@@ -84,6 +102,47 @@ class PlainParser(HelpParser):
 
     def _known(self) -> Sequence[str]:
         return re.findall(r"--[\w.-]+", self.format_help())
+
+
+def _group(text: str) -> str:
+    """Return a group of options or of subcommands with the words of all entries at one column."""
+    title, *lines = text.splitlines()
+    entries: list[tuple[str, str]] = []
+    for line in lines:
+        if line.startswith(" " * 10):
+            entries[-1] = entries[-1][0], line.strip()
+        else:
+            name, _, words = line.strip().partition("  ")
+            entries.append((re.sub(r"(\S+) \[\1 \.\.\.\]", r"\1...", name), words.strip()))
+    column = _COLUMN
+    if title == "positional arguments:":
+        # The argument for subcommands has no words, and is followed by them.
+        has_commands = not entries[0][1] and len(entries) > 1
+        title, entries = ("commands:", entries[1:]) if has_commands else ("arguments:", entries)
+        column = max(len(name) for name, _ in entries) + 4
+    entries = [_with_choices(name, words) for name, words in entries]
+    return "\n".join([title, *(part for name, words in entries for part in _entry(name, words, column))])
+
+
+def _with_choices(name: str, words: str) -> tuple[str, str]:
+    """Return the name of an option and its words, with the choices of its value among the words.
+
+    >>> _with_choices("--device {cpu,cuda}", "where to compute (default: cpu)")
+    ('--device NAME', 'cpu or cuda: where to compute (default: cpu)')
+    """
+    if (found := re.search(r"\{(.+)\}$", name)) is None:
+        return name, words
+    choices = _joined(found[1].split(","), "or")
+    return f"{name[: found.start()]}NAME", f"{choices}{'' if words.startswith('(') else ':'} {words}".rstrip(": ")
+
+
+def _entry(name: str, words: str, column: int) -> list[str]:
+    """Return the lines of an entry: its name, and its words at a column."""
+    lines = textwrap.wrap(words, help_width() - column, break_long_words=False, break_on_hyphens=False) or [""]
+    lines = [f"{'':{column}}{line}" for line in lines]
+    if len(name) + 4 > column:
+        return [f"  {name}", *lines]
+    return [f"  {name:{column - 2}}{lines[0][column:]}".rstrip(), *lines[1:]]
 
 
 _KINDS = {"int": "a whole number", "float": "a number"}

@@ -1,10 +1,12 @@
 """Contract: a wrong argument of a plain command is one line: what was found, what is expected, what to do."""
 
 import argparse
+import re
 
 import pytest
 
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.bench.command import WORKS
 from lightning_dlrm.cli.plain_parser import PlainParser
 from lightning_dlrm.contracts.errors import UserError
 
@@ -100,3 +102,22 @@ def test_commands_say_it_so(command: str, said: str, capsys: pytest.CaptureFixtu
     assert main(command.split()) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: {said}"), error
+
+
+@pytest.mark.parametrize("command", ["bench", *(f"bench {name}" for name in WORKS), "dashboard", "inspect"])
+def test_help_has_the_form_of_that_of_fit(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Usage, one sentence, examples, options; no line is longer than 78 characters, and no option lacks words."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    shown = capsys.readouterr().out
+    usage, summary, *parts = shown.split("\n\n")
+    assert usage.startswith(f"usage: python -m lightning_dlrm {command}") and usage.endswith("[options]")
+    assert summary.endswith(".") and parts[0].startswith("examples:\n  python -m lightning_dlrm ")
+    assert max(map(len, shown.splitlines())) <= 78 and "{" not in shown and "-h, --help" not in shown
+    options = next((part for part in parts if part.startswith("options:")), "")
+    entries = re.split(r"\n  (?=--)", options)[1:]
+    assert (command == "bench") != bool(entries)
+    assert not [entry for entry in entries if not re.search(r" [a-z0-9.]{2,} ", entry)]
