@@ -16,6 +16,7 @@ from lightning_dlrm.bench.measurement import (
     add_rounds,
     check_numbers,
     time_rounds,
+    times_as_fast,
 )
 from lightning_dlrm.contracts.errors import UserError
 
@@ -71,6 +72,11 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             ("generated", "baseline", len(few)): partial(_list_accesses, distances.tolist(), stack),
         }
         seconds = time_rounds(contenders, args.rounds)
+        speeds = {
+            what: times_as_fast(seconds[what, "ours", len(ids)], seconds[what, "baseline", len(few)])
+            * (len(ids) / len(few))
+            for what in ("profiled", "generated")
+        }
         measurements += [
             Measurement.of_rounds(
                 of_rounds,
@@ -81,6 +87,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
                 precision="",
                 batch_size=0,
                 samples=accesses,
+                extra={"speed_over_baseline": speeds[what]} if implementation == "ours" else {},
             )
             for (what, implementation, accesses), of_rounds in seconds.items()
         ]

@@ -15,7 +15,9 @@ from lightning_dlrm.cli.mistakes import classes_of
 from lightning_dlrm.contracts.terminal import help_width
 
 _INDENT = 24
-"""Column at which the words of an option begin."""
+"""Column at which jsonargparse's words of an option begin."""
+_COLUMN = 8
+"""Column at which the words of an option begin here, below its name."""
 _REWORDED = {
     "Print the configuration after applying": "print the configuration that all files and options give, and end",
     'One or more arguments specifying "class_path"': "class of the data, Criteo in the shipped configurations; its "
@@ -84,7 +86,8 @@ _SETTINGS = "TableSettings|Averaging|Regularization"
 """Types of options that are keys with values, and whose help lists these keys."""
 _TAKEN_FROM_THE_FIT = r"  --model\.schedule\.(?:optimizer|total_steps) .*\n(?: {24}.*\n)*"
 _LAST = """
---KEY.help CLASS lists the options of a class: --model.network.help DLRM, --data.help Criteo
+--KEY.help CLASS lists the options of a class: --model.network.help DLRM or
+--data.help Criteo.
 """
 _SECTIONS = (
     "options", "custom classes", "data", "model, loss and optimizers", "checkpoints", "Weights & Biases",
@@ -119,19 +122,15 @@ def readable_help(text: str) -> str:
     text = re.sub(r"(?m)^  --\w+ CONFIG +Path to a configuration file\.\n", "", text)
     head, *sections = re.split(rf"\n\n(?=(?:{'|'.join(_SECTIONS)}):\n)", text.rstrip())
     sections.sort(key=lambda section: _SECTIONS.index(section.partition(":\n")[0]))
-    lines: list[str] = []
-    key = ""
-    for line in "\n\n".join([head, *sections]).splitlines():
-        option, words = line[:_INDENT], line[_INDENT:]
-        if match := re.match(r"  --([\w.]+)", line):
-            key = match[1]
-        if not (option.strip() == "" or re.match(r"  -\S.*  $", option)) or not words.strip():
-            # Lists and their parts are one option.
-            lines.append(re.sub(r"^(  --\S+ .*), --\S+\+ .*$", r"\1", line))
-            continue
-        wrapped = _wrap(_words_of(key, words))
-        lines += [(option if number == 0 else " " * _INDENT) + part for number, part in enumerate(wrapped)]
-    return "\n".join(lines) + "\n" + _LAST * (not is_class)
+    text = "\n\n".join([head, *sections])
+    # An option's name and its words on two lines, also if they are on one.
+    text = re.sub(
+        rf"(?m)^(?=  -)(.{{{_INDENT - 2}}})  (?=\S)", lambda found: f"{found[1].rstrip()}\n{'':{_INDENT}}", text
+    )
+    text = re.sub(rf"(?m)^  (-.*)\n {{{_INDENT}}}(.*)$", lambda found: _entry(found[1], found[2]), text)
+    if is_class:
+        text = re.sub(r"(?m)^\S.{78,}$", lambda found: _wrap(found[0], ""), text)
+    return text + "\n" + _LAST * (not is_class)
 
 
 @contextlib.contextmanager
@@ -166,25 +165,73 @@ def _head(key: str, path: str) -> str:
         )
     else:
         words = f"The settings of --{key}. In a YAML the options below are keys of {section}."
-    return "\n".join(textwrap.wrap(words, help_width(), break_long_words=False, break_on_hyphens=False))
+        return _wrap(words, "")
+    if key.startswith("trainer."):
+        return _wrap(words, "")
+    # Callbacks are a list; other classes are at their key.
+    keys = [*key.split("."), f"class_path: {chosen}"]
+    example = [f"{'  ' * (depth + 1)}{name}{':' * (name != keys[-1])}" for depth, name in enumerate(keys)]
+    indent = "  " * len(keys)
+    return "\n".join([_wrap(words, ""), "", *example, f"{indent}init_args:", f"{indent}  KEY: VALUE"])
 
 
-def _words_of(key: str, words: str) -> str:
-    """Return the words of an option, and in brackets its type, default and classes."""
+def _entry(option: str, words: str) -> str:
+    """Return the lines of an option: its name and what it takes, then its words, and in brackets its default."""
+    named = re.match(r"(?:-\w \w+, )?--([\w.]+)", option)
+    key = named[1] if named else ""
     plain = _plain(words)
-    plain = re.sub(rf"type: (?:{_SETTINGS}) \| null", f"--{key}.help lists its keys", plain)
-    if key not in _OWN_WORDS:
-        return plain
-    # Types of Lightning's options are long, and the words say what they take.
-    facts = re.search(r"\(?(required, )?type: (.*?)(, default: .*?)?(, classes: .*)?\)$", plain)
-    kept = [] if facts is None else [facts[1], facts[3] if facts[3] != ", default: null" else None]
-    kept += [facts[4]] if facts is not None and key.startswith("model.") else []
-    shown = "".join(filter(None, kept)).strip(", ").replace(", , ", ", ")
-    return f"{_OWN_WORDS[key]} ({shown})" if shown else _OWN_WORDS[key]
+    facts = re.search(r" ?\((required, )?type: (.*?)(?:, default: (.*?))?(?:, classes: (.*))?\)$", plain)
+    if facts is None:
+        shown = "--data CLASS" if key == "data" else option
+        return f"  {shown}\n{_wrap(plain, ' ' * _COLUMN)}"
+    required, kind, default, classes = facts.groups()
+    said = _OWN_WORDS.get(key, plain[: facts.start()].rstrip("."))
+    value = "CLASS" if classes else "PATH" if key.endswith("_dir") else _value(kind)
+    choices = [choice for choice in kind.split(" | ") if choice not in ("null", "bool")]
+    names_all = all(re.search(rf"\b{re.escape(choice)}\b", said) for choice in choices)
+    kept = ["required" if required else ""]
+    if re.search(_SETTINGS, kind):
+        value, kept = "KEYS", [f"--{key}.help lists its keys"]
+    elif value == "NAME" and not names_all:
+        kept.append(f"one of {', '.join(choices)}")
+    elif key not in _OWN_WORDS and ((value == "VALUE" and not names_all) or kind.startswith("list[list")):
+        kept.append(f"type: {kind}")
+    if default is not None and not re.search(r"\bby default\b", said) and (default != "null" or key not in _OWN_WORDS):
+        kept.append(f"default: {default}")
+    # Words may name all classes.
+    if classes and not key.startswith("trainer.") and not all(name in said for name in classes.split(", ")):
+        kept.append(f"classes: {classes}")
+    shown = ", ".join(filter(None, kept))
+    return f"  --{key} {value}\n{_wrap(f'{said} ({shown})' if shown else said, ' ' * _COLUMN)}"
 
 
-def _wrap(words: str) -> list[str]:
-    return textwrap.wrap(words, help_width() - _INDENT, break_long_words=False, break_on_hyphens=False)
+def _value(kind: str) -> str:
+    """Return what stands for the value of an option of a type.
+
+    >>> [_value(kind) for kind in ("int | null", "float | int", "bool", "list[int] | null", "dot | cat", "int | x")]
+    ['N', 'NUMBER', 'true|false', 'LIST', 'NAME', 'VALUE']
+    """
+    kinds = set(kind.split(" | ")) - {"null"}
+    for value, types in {"N": {"int"}, "NUMBER": {"int", "float"}, "TEXT": {"str"}, "PATH": {"str", "Path"}}.items():
+        if kinds <= types:
+            return value
+    if kinds == {"bool"}:
+        return "true|false"
+    if all(one.startswith("list[") for one in kinds):
+        return "LIST"
+    return "NAME" if all(re.fullmatch(r"[a-z][\w-]*", one) for one in kinds) and not kinds & _TYPES else "VALUE"
+
+
+_TYPES = {"int", "float", "bool", "str", "dict"}
+
+
+def _wrap(words: str, indent: str) -> str:
+    width = help_width()
+    # A default stays with its name.
+    words = re.sub(r"(\(default:|, default:) (?=\S)", "\\1\0", words)
+    return textwrap.fill(
+        words, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    ).replace("\0", " ")
 
 
 def _plain(words: str) -> str:

@@ -203,7 +203,9 @@ def _build_parser(command: str, **options: Any) -> CommandParser:
 
 
 def _add_run_options(parser: CommandParser) -> None:
-    parser.add_argument("--run_dir", type=str | None, default=None, help="default runs/<date>-<model>-<n>")
+    parser.add_argument(
+        "--run_dir", type=str | None, default=None, help="run folder; by default runs/<date>-<model>-<n>"
+    )
     parser.add_argument(
         "--resume",
         type=Literal["auto"] | None,

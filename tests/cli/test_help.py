@@ -15,7 +15,7 @@ from lightning_dlrm.__main__ import main
         (
             "--model.network.help DLRM",
             "The class DLRM: choose it with --model.network DLRM, or in a YAML with class_path: DLRM. The options "
-            "below are keys of its init_args. Bottom MLP",
+            "below are keys of its init_args. model: network: class_path: DLRM init_args: KEY: VALUE Bottom MLP",
             "(--model.network.tables.help lists its keys, default: null)",
         ),
         (
@@ -26,7 +26,7 @@ from lightning_dlrm.__main__ import main
         (
             "--model.dense_optimizer.help torch.optim.Adam",
             "The class Adam: choose it with --model.dense_optimizer torch.optim.Adam, or in a YAML with class_path: ",
-            "--model.dense_optimizer.lr LR learning rate.",
+            "--model.dense_optimizer.lr VALUE learning rate.",
         ),
         (
             "--model.network.tables.help",
@@ -36,7 +36,7 @@ from lightning_dlrm.__main__ import main
         (
             "--data.demo.help",
             "The settings of --data.demo. In a YAML the options below are keys of demo. Settings of demo data; ",
-            "--data.demo.max_table_rows MAX_TABLE_ROWS Most rows of a table; null for the sizes of Criteo Kaggle. (ty",
+            "--data.demo.max_table_rows N Most rows of a table; null for the sizes of Criteo Kaggle (default: ",
         ),
         (
             "--trainer.callbacks.help EarlyStopping",
@@ -46,12 +46,14 @@ from lightning_dlrm.__main__ import main
     ],
 )
 def test_help_of_a_class_says_how_it_is_chosen(
-    arguments: str, head: str, line: str, capsys: pytest.CaptureFixture[str]
+    arguments: str, head: str, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         main(["fit", *arguments.split()])
     shown = capsys.readouterr().out
     words = " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 78
     assert words.startswith(head) and line in words, shown
     assert not re.search(r":\w+:`|``|`_|Union|Sequence|Callable|Untyped|default: \(| \.\. |\bNone\b", shown), shown
     assert arguments != "--data.demo.help" or "--data.batch_size" not in shown
@@ -64,6 +66,6 @@ def test_help_has_words_for_every_option_and_no_types_of_lightning(capsys: pytes
     trainer = shown[shown.index("\nLightning's Trainer:\n") :]
     entries = re.split(r"\n  (?=--)", trainer)[1:]
     assert len(entries) == len(inspect.signature(pl.Trainer).parameters)
-    assert not [entry for entry in entries if "type: " in entry or len(entry.split()) < 4]
+    assert not [entry for entry in entries if "type: " in entry or len(entry.split()) < 6]
     assert "Callable" not in shown and "paramref" not in shown and "gradients (default: 1)" not in shown
-    assert "--trainer.num_nodes NUM_NODES number of machines (default: 1)" in " ".join(shown.split())
+    assert "--trainer.num_nodes N number of machines (default: 1)" in " ".join(shown.split())
