@@ -81,10 +81,10 @@ class FolderData(pl.LightningDataModule):
         counts = {"batch_size": batch_size, "evaluation_batch_size": evaluation_batch_size}
         counts |= {} if threads is None else {"threads": threads}
         for name, count in counts.items():
-            require(count >= 1, f"data: {name} is {count}; give at least 1")
+            require(count >= 1, f"data.{name} is {count}; give 1 or more")
         require(
             shuffle != "full" or cache == "memory",
-            "data: shuffle full needs all rows in memory: set data.cache to memory, or shuffle window",
+            "data.shuffle is full, which needs all rows in memory: set data.cache to memory, or data.shuffle to window",
         )
         self.folder = Folder(folder)
         self.batch_size, self.evaluation_batch_size, self.shuffle = batch_size, evaluation_batch_size, shuffle

@@ -245,7 +245,7 @@ def _imported(module: str) -> Any:
             with exit_on_signals():
                 importlib.import_module(module)
         except (KeyboardInterrupt, SystemExit):
-            print("interrupted before the command began; nothing was written", file=sys.stderr)
+            print("interrupted while the command was starting; nothing was written", file=sys.stderr)
             raise
         finally:
             gc.freeze()

@@ -79,8 +79,9 @@ def explain(message: str, known: Sequence[str]) -> str:
         return explained
     # A nested parser has already shortened its message.
     if match := re.search(r"unknown key .*", message):
-        found = match[0].removesuffix(_NO_KEYS)
-        return match[0] if found == match[0] else f"{found}: {_NO_CLASS}"
+        words = match[0] if named is None else _with_full_keys(match[0], key)
+        found = words.removesuffix(_NO_KEYS)
+        return words if found == words else f"{found}: {_NO_CLASS}"
     if match := re.search(r"[\w.]+: [^\s:,]+ is not one of [\w.-]+(, [\w.-]+)*", message):
         return f"{key}.{match[0]}"
     if match := re.search(r"(?m)^[ -]*([a-z][\w.]* is .*; expected .*|[a-z][\w.]*: .* is not a list; .*)", message):
@@ -125,6 +126,15 @@ def explain(message: str, known: Sequence[str]) -> str:
     # The error of a linked setting is in this project's own message.
     line = re.sub(r"Call to compute_fn of link .*? failed: ", "", line)
     return re.sub(r"(?:a )?<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
+
+
+def _with_full_keys(words: str, section: str) -> str:
+    """Return the message about a key of a section with its full name, and that of the key that was probably meant.
+
+    >>> _with_full_keys("unknown key top_mpl; did you mean top_mlp?", "model.network")
+    'unknown key model.network.top_mpl; did you mean model.network.top_mlp?'
+    """
+    return re.sub(rf"(unknown key |did you mean )(?!{re.escape(section)}\.)", rf"\1{section}.", words)
 
 
 def _explain_import(key: str, message: str) -> str | None:

@@ -115,7 +115,8 @@ def is_finished(job: Job, trainer: pl.Trainer) -> bool:
     if trainer.is_global_zero:
         # The state of EarlyStopping restores its bounds, such as its patience.
         remedy = "remove it" if setting.startswith("EarlyStopping") else "raise or remove it"
-        print(f"already finished at step {step:,}; nothing to do ({setting} ended it: to continue training, {remedy})")
+        remedy = "raise or remove both" if " and " in setting else remedy
+        print(f"already finished at step {step:,}; nothing to do ({setting}: to continue training, {remedy})")
     return True
 
 

@@ -53,7 +53,10 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
     _check_numbers(trainer)
     if str(trainer["precision"]) in ("16", "16-mixed"):
         # On a CPU Lightning would take bf16-mixed in its place.
-        raise UserError(f"trainer.precision {trainer['precision']} scales the loss; use bf16-mixed")
+        raise UserError(
+            f"trainer.precision is {trainer['precision']}: float16 needs scaled gradients, which table rows do not "
+            "support; use bf16-mixed, or 32-true"
+        )
     require(
         stop_at_auc is None or trainer["limit_val_batches"] != 0,
         "stop_at_auc needs validations, and trainer.limit_val_batches is 0: leave one of them out",

@@ -85,7 +85,8 @@ def _end_without_step(trainer: pl.Trainer) -> None:
 
 
 def what_ended(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> str | None:
-    """Return the setting that ends a fit at a checkpoint, such as ``trainer.max_steps 100``; None if steps are left.
+    """Return the settings that end a fit at a checkpoint, such as ``trainer.max_steps 100``, joined by "and"; None if
+    steps are left.
 
     Args:
         trainer: trainer of the fit that continues; its callbacks that can end a fit get their state.
@@ -100,12 +101,15 @@ def what_ended(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> str | None
         ):
             callback.load_state_dict(states[callback.state_key])
     epochs = _close_epoch(checkpoint["loops"]["fit_loop"], trainer)
+    found = []
     if 0 <= trainer.max_steps <= step:
-        return f"trainer.max_steps {trainer.max_steps:,}"
+        found.append(f"trainer.max_steps {trainer.max_steps:,}")
     if 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= epochs:
-        return f"trainer.max_epochs {trainer.max_epochs:,}"
+        found.append(f"trainer.max_epochs {trainer.max_epochs:,}")
     is_met = step >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
-    return _stopped_by_callback(trainer) if is_met else None
+    if is_met and (callback := _stopped_by_callback(trainer)) is not None:
+        found.append(callback)
+    return " and ".join(found) or None
 
 
 def _close_epoch(loops: dict[str, Any], trainer: pl.Trainer) -> int:

@@ -33,7 +33,8 @@ class UpdateRule:
     def __init__(self, learning_rate: float, l2: float = 0.0, weight_decay: float = 0.0) -> None:
         name = type(self).__name__
         require(
-            0 < learning_rate < math.inf, f"{name}: learning_rate is {learning_rate}; expected a finite number above 0"
+            0 < learning_rate < math.inf,
+            f"{name}: learning_rate is {learning_rate}; expected a number above 0, such as 0.01",
         )
         require(
             0 <= l2 < math.inf and 0 <= weight_decay < math.inf,

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.sharding.costs import TableLoad, UniqueRows, format_bytes, pooled_tables, table_costs
 from lightning_dlrm.sharding.plan import Piece, Plan
 
@@ -120,12 +121,13 @@ def _check_room(tables: Sequence[TableLoad], limits: Sequence[float]) -> None:
     if needed <= room:
         return
     missing, largest = needed - int(room), max(limits)
-    more = f"{math.ceil(missing / largest)} more ranks of {format_bytes(largest)}" if largest else "ranks with memory"
+    count = math.ceil(missing / largest) if largest else 0
+    more = f"{counted(count, 'more rank')} of {format_bytes(largest)}" if largest else "ranks with memory"
     raise UserError(
-        f"the tables and their optimizer state take {needed:,} bytes ({format_bytes(needed)}), but the {len(limits)} "
-        f"ranks have {int(room):,}: {missing:,} bytes ({format_bytes(missing)}) too few; {more} would hold them, or "
-        f"{format_bytes(needed / len(limits))} on each rank, or an optimizer with less state (RowWiseAdagrad), or a "
-        "smaller width"
+        f"the tables and their optimizer state take {format_bytes(needed)}, but {counted(len(limits), 'rank')} "
+        f"together {'has' if len(limits) == 1 else 'have'} {format_bytes(room)}, {format_bytes(missing)} too few: give "
+        f"{more}, or {format_bytes(needed / len(limits))} on each rank, or an optimizer with less state "
+        "(RowWiseAdagrad), or a smaller width"
     )
 
 
@@ -346,10 +348,10 @@ def place_tables(
     missing = device_bytes - memory
     require(
         missing <= 0,
-        f"the tables and cached rows on the device take {device_bytes:,} bytes ({format_bytes(device_bytes)}), "
-        f"{'the device has' if devices == 1 else f'the {devices} devices have'} {total:,} bytes ({format_bytes(total)})"
-        f"{'' if devices == 1 else f', of which {_BALANCED:.0%} are planned, {memory:,} bytes'}: "
-        f"{missing:,} bytes ({format_bytes(missing)}) too few; "
+        f"the tables and cached rows on the device take {format_bytes(device_bytes)}, but "
+        f"{'the device has' if devices == 1 else f'the {devices} devices have'} {format_bytes(total)}"
+        f"{'' if devices == 1 else f', of which {_BALANCED:.0%} are planned, {format_bytes(memory)}'}: "
+        f"{format_bytes(missing)} too few; "
         f"{format_bytes(offload.cached(host))} are for the cached rows of three batches: give more memory, a smaller "
         "batch or a smaller width",
     )

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_dlrm.contracts.disk import flush
-from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.contracts.errors import UserError, nearest, one_line, require
 from lightning_dlrm.contracts.schema import file_sha256
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.finite import is_finite, nonfinite_tensors
@@ -168,7 +168,10 @@ def resolve_checkpoint(folder: Path) -> Path:
     if found := [str(folder / name) for name in inner if (folder / name / MANIFEST).is_file()]:
         raise UserError(f"{folder} is not a checkpoint, but a folder with checkpoints: give {' or '.join(found)}")
     what = "is not a checkpoint folder (no manifest.json)" if folder.exists() else "does not exist"
-    raise UserError(f"checkpoint {folder} {what}; expected a folder such as runs/NAME/checkpoints/last")
+    beside = [name for name in ("best", "last") if (folder.parent / name / MANIFEST).is_file()]
+    meant = nearest(folder.name, beside or ("best", "last"))
+    expected = meant or "; expected a folder such as runs/NAME/checkpoints/last"
+    raise UserError(f"checkpoint {folder} {what}{expected}")
 
 
 class CheckpointReader:

@@ -384,8 +384,11 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["fit", "--config", "dlrm"], "did you mean dlrm.yaml?"),
         (["fit", "--config", "figure5.yaml"], "lightning_dlrm compare --config figure5.yaml"),
         (["fit", "--config", "dlrm.yaml", "--trainer.max_step", "3"], "did you mean trainer.max_steps?"),
-        (["fit", "--config", "dlrm.yaml", "--model.network.embeding_dim", "3"], "did you mean embedding_dim?"),
-        (["fit", "--config", "dlrm.yaml", "--data.pth", "x"], "did you mean path?"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--model.network.embeding_dim", "3"],
+            "did you mean model.network.embedding_dim?",
+        ),
+        (["fit", "--config", "dlrm.yaml", "--data.pth", "x"], "did you mean data.path?"),
         (["fit", "--config", "dlrm.yaml", "--model.network", "DLMR"], "no class DLMR"),
         (["fit", "--config", "dlrm.yaml", "--model.netwrok.embedding_dim", "3"], "mean model.network.embedding_dim?"),
         (["fit", "--config", "small.yaml"], "begin with a model, as in --config dlrm.yaml --config OVERLAY"),
@@ -401,7 +404,7 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         ),
         (["fit", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
         (["fit", "--config", "dlrm.yaml", "--data.path", "."], "is not a dataset folder: it has no dataset.json"),
-        (["fit", "--config", "dlrm.yaml", "--data.batch_size", "0"], "batch_size is 0"),
+        (["fit", "--config", "dlrm.yaml", "--data.batch_size", "0"], "error: data.batch_size is 0; give 1 or more"),
         (["fit", "--config", "dlrm.yaml", "--data.path="], "data.path is missing: give --data.path DIR, a folder made"),
         (
             ["fit", "--config", "dlrm.yaml", "--config", "own_data.yaml"],
@@ -511,7 +514,7 @@ def test_faults_in_one_of_several_files(capsys: pytest.CaptureFixture[str]) -> N
     for text, said in {
         "trainer: {max_stepz: 3}": "unknown key max_stepz; did you mean trainer.max_steps",
         "modle: {seed: 3}": "unknown key modle.seed; did you mean model",
-        "model: {network: {class_path: DLRM, init_args: {embeding_dim: 3}}}": "did you mean embedding_dim",
+        "model: {network: {class_path: DLRM, init_args: {embeding_dim: 3}}}": "did you mean model.network.embedding_",
         "trainer: {max_steps: ten}": "trainer.max_steps is ten",
     }.items():
         Path("bad.yaml").write_text(text)

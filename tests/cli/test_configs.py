@@ -112,9 +112,9 @@ def test_it_builds(name: str, capsys: pytest.CaptureFixture) -> None:
         (["--model.averaging.decay", "much"], "model.averaging.decay is much; expected a number"),
         (["--model.averaging.decay", "3"], "averaging.decay is 3.0; expected 0 to 1"),
         (["--batch_size", "10"], "unknown key batch_size; did you mean data.batch_size?"),
-        (["--model.table_optimizer.lr", "3"], "unknown key lr; did you mean learning_rate?"),
-        (["--data.folder", "x"], "unknown key folder; did you mean path?"),
-        (["--model.network.on_host", "x"], "unknown key on_host; did you mean tables.on_host?"),
+        (["--model.table_optimizer.lr", "3"], "did you mean model.table_optimizer.learning_rate?"),
+        (["--data.folder", "x"], "unknown key data.folder; did you mean data.path?"),
+        (["--model.network.on_host", "x"], "did you mean model.network.tables.on_host?"),
         (["--model.compile", "maybe"], "maybe is not one of true, false, default, reduce-overhead, max-autotune"),
         (["--trainer.callbacks", "EarlyStoping"], "did you mean EarlyStopping? Known classes: ReduceOnPlateau, "),
         (["--trainer.logger", "x"], "no class x; known classes: CometLogger, "),
@@ -144,7 +144,9 @@ def test_what_does_not_fit_a_run_is_one_line(options: list[str], message: str, c
 def test_an_overlay_without_a_model_is_one_line_that_says_so(capsys: pytest.CaptureFixture) -> None:
     assert main(["fit", "--config", "own_data_linear.yaml", "--data.path", "nowhere"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: unknown key path: no class that has this key is chosen; a file that holds changes")
+    assert error.startswith(
+        "error: unknown key data.path: no class that has this key is chosen; a file that holds changes"
+    )
     assert "needs a model's YAML before it" in error and len(error.strip().splitlines()) == 1
 
 

@@ -185,7 +185,10 @@ def test_a_wrong_experiment_is_one_line(changes: Any, message: str, capsys: pyte
         (["a", "b", "--output", "out"], "error: there is no folder a: give a run folder"),
         (["a", "b", "--output", "out", "--seeds", "1,2"], "--seeds without --config: it is for the runs of an experi"),
         (["--config", "small.yaml", "--output", "out"], "0 of the --config files name arms"),
-        (["--config", "tiny.yaml", "--output", "out", "--data.pth", "x"], "unknown key pth; did you mean path?"),
+        (
+            ["--config", "tiny.yaml", "--output", "out", "--data.pth", "x"],
+            "unknown key data.pth; did you mean data.path?",
+        ),
         (["--config", "tiny.yaml", "--output", "out", "--seeds", "1,x"], "expected whole numbers"),
         (["--config", "tiny.yaml", "--output", "out", "--parallel", "0"], "1 or more"),
     ],

@@ -246,7 +246,9 @@ def test_values_of_one_file_a_split_are_read_at_the_start(tmp_path: Path, monkey
 
 
 def test_a_full_shuffle_needs_the_rows_in_memory(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"shuffle full needs all rows in memory: set data\.cache to memory"):
+    with pytest.raises(
+        UserError, match=r"data\.shuffle is full, which needs all rows in memory: set data\.cache to memory"
+    ):
         Criteo(str(folder), shuffle="full")
 
 

@@ -442,7 +442,7 @@ def test_signal_before_a_command_begins_is_told(
     else:
         with pytest.raises(SystemExit, match="143"):
             main(["preprocess"])
-    assert capsys.readouterr().err == "interrupted before the command began; nothing was written\n"
+    assert capsys.readouterr().err == "interrupted while the command was starting; nothing was written\n"
 
 
 def test_addresses_in_memory(

@@ -253,7 +253,9 @@ def sent(cost: RankCost) -> float:
 
 
 def test_what_does_not_fit_says_by_how_much() -> None:
-    with pytest.raises(UserError, match=r"take 20,000 bytes .* 2 ranks have 12,000: 8,000 bytes .* too few; 2 more"):
+    with pytest.raises(
+        UserError, match=r"take 19\.53 KiB, but 2 ranks together have 11\.72 KiB, 7\.812 KiB too few: give 2 more"
+    ):
         make_plan(loads((1000,), 4), 2, 8, memory=6000)
     with pytest.raises(UserError, match="memory is given for 2 ranks, but there are 3"):
         make_plan(loads((1000,), 4), 3, 8, memory=[6000, 7000])
@@ -313,7 +315,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert table.lstrip().startswith("rank ") and "on 8 ranks" in said
     assert f"plan written to {tmp_path / 'again.yaml'}\ndrawing written to {figure}\n" in said
     assert main([*command, "--ranks", "2", "--memory-per-rank", "1GiB"]) == 2
-    assert "bytes (12.7 MiB) too few" in capsys.readouterr().err
+    assert " 12.7 MiB too few: give 1 more rank of 1 GiB, or" in capsys.readouterr().err
     assert main([*command, "--plan", str(tmp_path / "none.yaml")]) == 2
     assert "cannot read the plan" in capsys.readouterr().err
     assert main([*command, "--plan", str(plan), "--ranks", "2"]) == 2
@@ -361,7 +363,7 @@ def test_tables_stay_in_host_memory_only_where_they_must() -> None:
         without = {name: places.cached_bytes - 3 * math.ceil(20 * rows) for name, rows in places.fetched.items()}
         assert all(sum(size.values()) - host + size[name] + without[name] > memory for name in places.on_host)
     with pytest.raises(
-        UserError, match=r"take 400 bytes .* the device has 300 bytes .*: 100 bytes .* give more memory, a"
+        UserError, match=r"take 400 bytes, but the device has 300 bytes: 100 bytes .* give more memory, a"
     ):
         place_tables(loads((10, 10), 4, 0.0), ["C1"], 1000, 300)
     with pytest.raises(UserError, match=r"the 2 devices have 400 bytes .*, of which 95% are planned, 380 bytes: 20 "):
@@ -389,7 +391,10 @@ def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
     ranks = json.loads(capsys.readouterr().out)["per_rank"]
     assert all(rank["bytes"] - rank["host_bytes"] <= 0.5 * GIB for rank in ranks)
     assert main(["plan", "--config", str(output)]) == 2
-    assert "unknown key tables.on_host.C3: no class that has this key is chosen; a file" in capsys.readouterr().err
+    assert (
+        "unknown key model.network.tables.on_host.C3: no class that has this key is chosen; a file"
+        in capsys.readouterr().err
+    )
     assert main([*command, "--plot", "plan.png"]) == 2
     assert "--device-memory chooses tables for host memory, but --plot is for a plan" in capsys.readouterr().err
 

@@ -381,7 +381,7 @@ def test_bad_rows_of_one_rank_are_told_to_all_before_the_first_save(tmp_path: Pa
 def test_a_plan_that_cannot_be_is_told_in_a_line(tmp_path: Path) -> None:
     strategy = ["--trainer.strategy.class_path=EmbeddingShardedDDP"]
     given = {
-        "--trainer.strategy.memory_per_rank=1KiB": "too few; ",
+        "--trainer.strategy.memory_per_rank=1KiB": "too few: give ",
         "--trainer.strategy.plan=nowhere.yaml": "cannot read the plan nowhere.yaml",
     }
     for i, (option, expected) in enumerate(given.items()):
