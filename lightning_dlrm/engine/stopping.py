@@ -107,8 +107,8 @@ def what_ended(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> str | None
     if 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= epochs:
         found.append(f"trainer.max_epochs {trainer.max_epochs:,}")
     is_met = step >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
-    if is_met and (callback := _stopped_by_callback(trainer)) is not None:
-        found.append(callback)
+    if is_met and (ended := _stopped_by_callback(trainer)) is not None:
+        found.append(ended)
     return " and ".join(found) or None
 
 

@@ -1,5 +1,6 @@
 """Learning-rate schedules: torch LRSchedulers that compute the rate from the step and the length of the fit."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.optim.dense import name_of, takes, target_of
+
+log = logging.getLogger("lightning_dlrm")
 
 Schedule = Callable[[Optimizer], LRScheduler]
 """A class or a ``functools.partial`` of it: returns a schedule of an optimizer."""
@@ -77,7 +80,8 @@ def _require_short_warmup(warmup_steps: int, name: str, total_steps: Callable[[]
 class StepSchedule(LRScheduler):
     """Base class of this project's schedules: a formula of the step, stepped after each optimizer step.
 
-    Its state in a checkpoint is the number of steps. Settings and the length of the fit are those of the resumed run.
+    Its state in a checkpoint is the number of steps, and the length of the fit. A resumed run has settings and a length
+    of its own.
     """
 
     def rate(self, step: int, base: float) -> float:
@@ -96,11 +100,18 @@ class StepSchedule(LRScheduler):
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_epoch": self.last_epoch}
+        return {name: vars(self)[name] for name in ("last_epoch", "total_steps") if name in vars(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the step of a saved state, which may be that of a scheduler of torch."""
         self.last_epoch = state_dict["last_epoch"]
+        before, now = state_dict.get("total_steps"), vars(self).get("total_steps")
+        if before is not None and now is not None and before != now:
+            log.info(
+                "the schedule %s now spans %s steps, and %s before: learning rates from here on differ from those of a "
+                "run that is not resumed",
+                *(type(self).__name__, f"{now:,}", f"{before:,}"),
+            )
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)

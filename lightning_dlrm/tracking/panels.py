@@ -253,26 +253,27 @@ def write_page(dashboard: Dashboard, path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another --output") from error
 
 
-def _describe(panel: Any) -> tuple[str, str]:
-    """Return the title of a panel, and its axes and metrics in words."""
+def _describe(panel: Any) -> tuple[str, list[str]]:
+    """Return the title of a panel, and in words its kind and metrics, and each of its axes."""
     if isinstance(panel, wr.WeavePanelSummaryTable):
         titles = {names.comparison_table(name): title for name, title in names.COMPARISON_TABLES.items()}
-        return titles[panel.table_name], "table"
+        return titles[panel.table_name], ["table"]
     if isinstance(panel, wr.MediaBrowser):
-        return panel.title or "", "figure"
+        return panel.title or "", ["figure"]
     if isinstance(panel, wr.CustomChart):
-        return panel.chart_strings["title"], "a curve for each run"
+        return panel.chart_strings["title"], ["a curve for each run"]
     if isinstance(panel, wr.ScatterPlot):
-        return panel.title or "", "a point for each run"
+        return panel.title or "", ["a point for each run"]
     drawn = panel.y if isinstance(panel, wr.LinePlot) else panel.metrics
     metrics = [str(getattr(metric, "name", metric)) for metric in drawn]
     if pattern := getattr(panel, "metric_regex", None):
         # In words: N for any number, NAME for any name.
         metrics.append(pattern.replace(r"\d+", "N").replace(".*", "NAME").replace("\\", ""))
     kind = "lines" if isinstance(panel, wr.LinePlot) else "bars"
-    axes = " against ".join(filter(None, [panel.title_y, panel.title_x]))
+    axes = {"vertical axis": panel.title_y, "horizontal axis": panel.title_x}
     mean = "; mean and range of the runs with equal tags" if panel.groupby else ""
-    return panel.title or "", f"{kind}: {', '.join(metrics)}{f' ({axes})' if axes else ''}{mean}"
+    described = [f"{name}: {title}" for name, title in axes.items() if title]
+    return panel.title or "", [f"{kind}: {', '.join(metrics)}{mean}", *described]
 
 
 _PAGE = """<!doctype html>
@@ -288,6 +289,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 without data. <code>python -m lightning_dlrm dashboard</code> with the same options but --output saves both.</p>
 {% if dashboard.findings %}<ul>{% for line in dashboard.findings %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
 {% for name, words, panels in sections %}<h2>{{ name }}</h2><p>{{ words }}</p><div class="panels">
-{% for title, about in panels %}<div><strong>{{ title }}</strong><span>{{ about }}</span></div>
+{% for title, about in panels %}<div><strong>{{ title }}</strong>
+{% for line in about %}<span>{{ line }}</span>{% endfor %}</div>
 {% endfor %}</div>{% endfor %}</body></html>
 """

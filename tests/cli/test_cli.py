@@ -215,7 +215,7 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
         # W&B would make a folder.
         assert main([*fit, "--trainer.max_steps=4", "--wandb.mode=offline", *again]) == 0
         said = capsys.readouterr().out
-        assert said.startswith("already finished at step 4; nothing to do (trainer.max_steps 4 ended it")
+        assert said.startswith("already finished at step 4; nothing to do (trainer.max_steps 4: to continue")
         assert said.count("\n") == 1
     assert checksums(Path("run")) == kept and not Path("new").exists()
     wreck(Path("run/checkpoints/best"), "rest")

@@ -87,7 +87,7 @@ def test_a_run_that_early_stopping_has_ended_says_what_helps(capsys: pytest.Capt
     assert main([*fit, *stop, patience + "1", "--trainer.callbacks.init_args.min_delta=9"]) == 0
     capsys.readouterr()
     assert main([*fit, *stop, patience + "5"]) == 0
-    assert "step 4; nothing to do (EarlyStopping in trainer.callbacks ended it: to continue training, remove it)" in (
+    assert "step 4; nothing to do (EarlyStopping in trainer.callbacks: to continue training, remove it)" in (
         capsys.readouterr().out
     )
     assert main(fit) == 0 and max(losses("run")) == 8

@@ -448,7 +448,7 @@ def test_timer_by_yaml(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureF
     assert "by the time limit (Timer in trainer.callbacks)" in caplog.text
     capsys.readouterr()
     fit(timer, "--trainer.max_epochs=10000", "--resume=auto")
-    assert "(Timer in trainer.callbacks ended it: to continue training, raise or remove it)" in capsys.readouterr().out
+    assert "(Timer in trainer.callbacks: to continue training, raise or remove it)" in capsys.readouterr().out
     fit(timer, "--trainer.max_time={seconds: 1}", to="both", code=2)
     assert "error: trainer.max_time has no effect with a Timer" in capsys.readouterr().err
     assert 0 < steps_done() == Spy.validations[-1]

@@ -279,13 +279,17 @@ def test_schedules_of_torch_change_all_groups() -> None:
                 part.step()
 
 
-def test_schedules_go_on_after_a_saved_step() -> None:
+def test_schedules_go_on_after_a_saved_step(caplog: pytest.LogCaptureFixture) -> None:
     """With the settings and the length of the run that goes on; LambdaLR of the first release has more in its state."""
     _, optimizer = make(partial(torch.optim.SGD, lr=0.1), SGD(0.2))
     schedule = WarmupThenDecay(optimizer, decay_share=1.0, total_steps=10)
-    schedule.load_state_dict({"last_epoch": 5, "_step_count": 6, "base_lrs": [3.0], "total_steps": 7})
+    with caplog.at_level("INFO"):
+        schedule.load_state_dict({"last_epoch": 5, "_step_count": 6, "base_lrs": [3.0], "total_steps": 7})
+        schedule.load_state_dict(schedule.state_dict())
+    (said,) = caplog.messages
+    assert said.startswith("the schedule WarmupThenDecay now spans 10 steps, and 7 before: ")
     assert [group["lr"] for group in optimizer.param_groups] == [0.1 * 0.5**2, 0.2 * 0.5**2] == schedule.get_last_lr()
-    assert schedule.state_dict() == {"last_epoch": 5}
+    assert schedule.state_dict() == {"last_epoch": 5, "total_steps": 10}
 
 
 @pytest.mark.parametrize(
