@@ -82,6 +82,27 @@ def _resolve_run_config(name: str) -> str:
     return yaml.safe_dump(document, sort_keys=False) if notes else str(path)
 
 
+def replaced_classes(arguments: Sequence[str]) -> list[str]:
+    """Return a sentence for each class of the network or the data that a later whole configuration, which chooses a
+    network, replaces: probably it was to come first, with overlays after it."""
+    said, chosen = [], {}
+    for name in given_configs(arguments):
+        settings = flat(read_yaml(find_config(name)))
+        is_whole = "model.network.class_path" in settings
+        for key in ("model.network.class_path", "data.class_path"):
+            found = settings.get(key)
+            if found is None:
+                continue
+            file, before = chosen.get(key, (name, found))
+            if is_whole and before.rpartition(".")[2] != found.rpartition(".")[2]:
+                said.append(
+                    f"{name} replaces {key} {before} of {file} by {found}, because it comes later: if that is not "
+                    f"meant, give --config {name} before --config {file}"
+                )
+            chosen[key] = name, found
+    return said
+
+
 def given_configs(arguments: Sequence[str]) -> list[str]:
     """Return the configurations among the arguments of a command line, as they are typed."""
     names = []

@@ -21,7 +21,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
-from lightning_dlrm.cli.configs import resolve_config_arguments
+from lightning_dlrm.cli.configs import replaced_classes, resolve_config_arguments
 from lightning_dlrm.cli.help_text import HelpFormatter, only_settings, readable_help
 from lightning_dlrm.cli.mistakes import classes_of, explain, known_keys, with_place
 from lightning_dlrm.cli.short_help import EVALUATIONS, SHORT_HELP, TRUST_HELP
@@ -30,6 +30,8 @@ from lightning_dlrm.contracts.errors import UserError, place_in_own_code, requir
 from lightning_dlrm.contracts.terminal import wrapped
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.tracking.wandb_mode import Mode
+
+log = logging.getLogger("lightning_dlrm")
 
 # Defaults of Lightning's callbacks may be enums, such as the interval of a Timer.
 yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
@@ -250,6 +252,8 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
     arguments = _name_class_of_help(arguments)
     admit_arguments(arguments)
     resolved = resolve_config_arguments(arguments)
+    for sentence in replaced_classes(arguments):
+        log.warning(sentence)
     try:
         with only_settings(part):
             settings = parser.parse_args(resolved)
@@ -338,7 +342,7 @@ def _log_handler() -> logging.Handler:
 def configure_logging() -> None:
     """Set the levels of loggers; Lightning's INFO messages are advice for authors of training code."""
     logging.basicConfig(level=logging.WARNING, handlers=[_log_handler()])
-    log = logging.getLogger("lightning_dlrm")
+
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     for name in ("pytorch_lightning", "lightning_fabric"):

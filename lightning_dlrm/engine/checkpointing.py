@@ -15,11 +15,12 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.terminal import binary_size
-from lightning_dlrm.engine.checkpoint_state import dense_tensors, table_pieces
+from lightning_dlrm.engine.checkpoint_state import dense_tensors, optimizer_of, table_pieces
 from lightning_dlrm.engine.fit_length import all_micro_batches
 from lightning_dlrm.engine.loading import load_parameters
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.plateau import ReduceOnPlateau
+from lightning_dlrm.optim.dense import dense_state_bytes
 from lightning_dlrm.sharding.checkpoint import (
     MANIFEST,
     CheckpointReader,
@@ -118,6 +119,9 @@ class RunCheckpoints(Checkpoint):
         sizes = np.stack(Ranks().all_gather(np.array([here, staging_bytes(pieces)])))
         # Rank 0 also writes the dense parameters and their optimizer state.
         rest = sum(tensor.nbytes for tensor in dense_tensors(pl_module))
+        if not optimizer_of(pl_module).state:
+            # Optimizers make it in their first step.
+            rest += dense_state_bytes(pl_module.dense_optimizer, pl_module.network.dense_parameters())
         taken = binary_size(int(sizes[:, 0].sum()) + rest)
         log.info("the tensors of a checkpoint take %s; last and best are kept", taken)
         if staging := int(sizes[:, 1].max()):

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli.configs import replaced_classes
 from lightning_dlrm.cli.parser import build_model_parser, parse
 from lightning_dlrm.contracts.shipped import shipped_configs, shipped_names
 from lightning_dlrm.engine.retired import update_options
@@ -171,3 +172,15 @@ def test_arms_of_a_comparison_keep_the_options_of_callbacks() -> None:
     settings = parse(parser, ["--config", "dlrm.yaml", *options])
     (callback,) = settings.trainer.callbacks
     assert callback.init_args.monitor == "validation/auc"
+
+
+def test_a_later_configuration_that_replaces_the_data_or_the_network_is_named() -> None:
+    wrong = ["--config", "own_data.yaml", "--config", "dlrm.yaml"]
+    (said,) = replaced_classes(wrong)
+    assert said.startswith(
+        "dlrm.yaml replaces data.class_path Clicks of own_data.yaml by Criteo, because it comes later"
+    )
+    assert said.endswith("give --config dlrm.yaml before --config own_data.yaml")
+    (said,) = replaced_classes(["--config=dlrm.yaml", "--config=dcn.yaml"])
+    assert said.startswith("dcn.yaml replaces model.network.class_path DLRM of dlrm.yaml by DCN")
+    assert replaced_classes(["--config", "dlrm.yaml", "--config", "own_data.yaml", "--config", "small.yaml"]) == []
