@@ -85,7 +85,8 @@ def _resolve_run_config(name: str) -> str:
 def replaced_classes(arguments: Sequence[str]) -> list[str]:
     """Return a sentence for each class of the network or the data that a later whole configuration, which chooses a
     network, replaces: probably it was to come first, with overlays after it."""
-    said, chosen = [], {}
+    said: list[str] = []
+    chosen: dict[str, tuple[str, str]] = {}
     for name in given_configs(arguments):
         settings = flat(read_yaml(find_config(name)))
         is_whole = "model.network.class_path" in settings

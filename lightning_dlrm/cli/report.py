@@ -28,8 +28,10 @@ from lightning_dlrm.tracking.sparkline import sparkline
 def demo_note() -> str:
     """Return the note at the start of every run on demo data."""
     return (
-        "This is DEMO DATA: generated clicks of a planted model, whose best reachable score is known. For real data:\n"
-        "  python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output criteo\n"
+        "This is DEMO DATA: generated clicks of a planted model, whose best reachable score is known.\n"
+        "For real data:\n"
+        "  python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm \\\n"
+        "    --input train.txt --output criteo\n"
         "  python -m lightning_dlrm fit --config dlrm.yaml --config criteo_kaggle.yaml --data.path criteo\n"
         "For your own log: preprocess --infer; see docs/own-data.md"
     )
@@ -265,8 +267,11 @@ def evaluation_report(model: str, split: str, results: Mapping[str, float], sche
     others = {name.removeprefix(f"{split}/"): value for name, value in results.items()}
     title, *rows = score_table(split, {"score": scores}, schema)
     lines = [f"{model}, {data_words(schema)}", "", emphasized(title, sys.stdout), *rows]
-    lines += [f"{names.title_of(name)}: {value:,}" for name, value in others.items() if name not in scores]
-    return wrapped([*lines, f"kept in {shown_path(file)}"])
+    # Numbers of groups end where the scores end.
+    end = title.index("score") + len("score")
+    counts = {names.title_of(name): f"{value:,}" for name, value in others.items() if name not in scores}
+    lines += [f"{name}{value:>{end - len(name)}}" for name, value in counts.items()]
+    return wrapped([*lines, "", f"kept in {shown_path(file)}"])
 
 
 def prediction_report(model: str, split: str | None, rows: int, schema: DatasetSchema, file: Path) -> str:

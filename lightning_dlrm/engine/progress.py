@@ -23,7 +23,7 @@ _BAR_CELLS = 8
 """Cells of a bar that metrics beside it leave free."""
 LINE_SECONDS = 10.0
 """Seconds between two lines if there is no terminal, where redraws would fill a log."""
-LINE_COLUMNS = 110
+LINE_COLUMNS = 98
 
 
 class RunProgress(ProgressBar):

@@ -74,7 +74,11 @@ def test_from_a_fit_to_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["test", *checkpoint]) == 0
     by_user = json.loads(Path("a/test.json").read_text())
     said = capsys.readouterr().out
-    assert f"groups: {by_user['test/groups']}\ngroups left out: {by_user['test/groups_left_out']}\n" in said
+    assert re.search(
+        rf"\ngroups +{by_user['test/groups']}\ngroups left out +{by_user['test/groups_left_out']}\n\nkept in", said
+    )
+    (score, groups) = (re.search(rf"(?m)^{name} +\S+", said) for name in ("AUC", "groups"))
+    assert score is not None and groups is not None and len(score[0]) == len(groups[0])
     assert main(["test", *checkpoint, "--data.group", "session"]) == 0
     by_session = json.loads(Path("a/test.json").read_text())
     assert by_session["test/group_auc"] == by_session["test/auc"] and by_session["test/groups"] == 1
