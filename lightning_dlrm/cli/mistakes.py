@@ -219,7 +219,9 @@ def _explain_factory(key: str, message: str) -> str:
     if match := re.search(r"Expected '([\w.]+)' to be a subclass", reason):
         base = _BASES.get(key.rpartition(".")[2], "object")
         choice = ", ".join(_fitting(base))
-        return f"{key}: {match[1]} is not a subclass of {base}; choose one of {choice}, or a custom class"
+        return (
+            f"{key}: {match[1]} is not a subclass of {base}; choose one of {choice}, or derive your class from {base}"
+        )
     if match := re.search(r"arguments are required: (.*)", reason):
         return f"{key} needs {match[1]}: give --{key}.{match[1].partition(',')[0]}"
     return f"{key}: {' '.join(reason.split())}"

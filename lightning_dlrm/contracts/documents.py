@@ -183,6 +183,8 @@ def read_yaml(path: Path, expected: str = CONFIGURATION) -> dict[str, Any]:
 
 
 _YAML_WORDS = {
+    r"found character '@' that cannot start any token": "a value begins with @; put it in quotes",
+    r"found undefined alias '(\w+)'": r"*\1 has no anchor &\1; put the value in quotes if it is a text",
     r"found character '\\t' that cannot start any token": "a tab at the beginning; indent with spaces",
     r"expected <block end>, but found .*": "this line is not indented as the lines before it",
     r"mapping values are not allowed here": "a colon after a value, or a line that is indented too far",
@@ -197,6 +199,8 @@ _YAML_WORDS = {
 def yaml_fault(error: Exception) -> str:
     """Return why a text is not YAML, with the line if it is known, on one line."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is not UTF-8: save the file as UTF-8"
     if mark is None or not problem:
         return one_line(error)
     for pattern, words in _YAML_WORDS.items():

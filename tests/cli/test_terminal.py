@@ -152,7 +152,7 @@ def test_empty_names_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("command", "most_lines"),
     [
-        ("preprocess", 66),
+        ("preprocess", 70),
         ("inspect", 25),
         ("generate", 20),
         ("generate demo", 30),
