@@ -185,9 +185,7 @@ class CTRModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             # A gradient scaler would unscale the dense gradients and pass over the tables' rows.
-            raise UserError(
-                "precision 16-mixed needs scaled gradients, which table rows do not support; use bf16-mixed"
-            )
+            raise UserError("precision 16-mixed scales gradients, which table rows do not support; use bf16-mixed")
         Ranks().run_on_all_ranks(lambda: _require_one_process(self))
         require(
             self.trainer.world_size <= 1 or all(lookup.placement.is_sharded for lookup in self.network.lookups()),
