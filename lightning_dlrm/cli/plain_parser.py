@@ -12,6 +12,7 @@ from lightning_dlrm.contracts.terminal import filled, help_width
 
 _COLUMN = 29
 """Column at which the words of an option begin, as in ``short_help``."""
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 class HelpParser(argparse.ArgumentParser):
@@ -138,8 +139,10 @@ def _with_choices(name: str, words: str) -> tuple[str, str]:
 
 def _entry(name: str, words: str, column: int) -> list[str]:
     """Return the lines of an entry: its name, and its words at a column."""
+    # Text in quotes stays in one line.
+    words = re.sub(r"(?<!\w)'[^']+'", lambda quoted: quoted[0].replace(" ", _NO_BREAK), words)
     lines = textwrap.wrap(words, help_width() - column, break_long_words=False, break_on_hyphens=False) or [""]
-    lines = [f"{'':{column}}{line}" for line in lines]
+    lines = [f"{'':{column}}{line.replace(_NO_BREAK, ' ')}" for line in lines]
     if len(name) + 4 > column:
         return [f"  {name}", *lines]
     return [f"  {name:{column - 2}}{lines[0][column:]}".rstrip(), *lines[1:]]

@@ -21,7 +21,8 @@ examples:
       runs/dcn-1 runs/dcn-2 --output runs/dlrm_vs_dcn
 
 An experiment is a YAML that names configurations (arms), seeds, and the settings in which the arms may differ, as the
-shipped figure5.yaml does. After an interruption the same command continues.
+shipped figure5.yaml does. After an interruption the same command continues. RUN is the folder of a finished fit;
+runs that differ in their seed alone are one arm.
 
 The folder after --output gets report.html, its figures and report.json; for an experiment also runs/ and logs/.
 """
@@ -55,9 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     # Only for the list in --help: ``take_trust`` has taken it.
     training.add_argument("--trust", metavar="MODULE", help=TRUST_HELP)
-    finished = parser.add_argument_group(
-        "finished runs", "RUN is the folder of a finished fit. Runs that differ in their seed alone\nare one arm."
-    )
+    finished = parser.add_argument_group("finished runs")
     finished.add_argument(
         "--force", action="store_true", help="compare runs of different data, with a warning on every figure"
     )
