@@ -24,6 +24,8 @@ _NARROW_INPUT = 32
 _ALIGNED_WIDTH = 8
 """If the width of a matrix is not a multiple of this, its rows are not aligned, and its products can take 1.5 times as
 long."""
+_MANY_SAMPLES = 512
+"""Samples from which on aligned products save more time than columns of zeros cost."""
 
 
 def fusible_layers(modules: Iterable[nn.Module], x_Bd: Tensor) -> list[tuple[nn.Linear, bool]] | None:
@@ -114,10 +116,11 @@ class _FusedMLP(torch.autograd.Function):
         ctx.autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if ctx.autocast_dtype is not None:
             x_Bd, parameters = x_Bd.to(ctx.autocast_dtype), tuple(p.to(ctx.autocast_dtype) for p in parameters)
-        weights, biases = [_aligned(weight) for weight in parameters[: len(relus)]], parameters[len(relus) :]
+        samples, biases = len(x_Bd), parameters[len(relus) :]
+        weights = [_aligned(weight, samples) for weight in parameters[: len(relus)]]
         activations: list[Tensor] = []
         for weight, bias, relu in zip(weights, biases, relus, strict=True):
-            activations.append(_aligned(x_Bd))
+            activations.append(_aligned(x_Bd, samples))
             x_Bd = functional.linear(activations[-1], weight, bias)
             if relu:
                 x_Bd = _relu(x_Bd, by_native)
@@ -225,9 +228,9 @@ class _PairProducts(torch.autograd.Function):
         return torch.bmm(grad_BVV, vectors_BVD), grad_Bn[:, : ctx.beside], None, None, None
 
 
-def _aligned(values_nd: Tensor) -> Tensor:
-    """Return the values, with ``missing_columns`` of zeros."""
-    missing = missing_columns(values_nd.shape[1])
+def _aligned(values_nd: Tensor, samples: int) -> Tensor:
+    """Return the values, with ``missing_columns`` of zeros if there are many samples."""
+    missing = missing_columns(values_nd.shape[1]) if samples >= _MANY_SAMPLES else 0
     return functional.pad(values_nd, (0, missing)) if missing else values_nd
 
 

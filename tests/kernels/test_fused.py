@@ -27,7 +27,13 @@ def gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("linear_output", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "rows", "tolerance"),
-    [(torch.float64, 5, 1e-12), (torch.float32, 300, 1e-5), (torch.float32, 1, 1e-5), (torch.float32, 0, 0.0)],
+    [
+        (torch.float64, 5, 1e-12),
+        (torch.float64, 512, 1e-12),
+        (torch.float32, 300, 1e-5),
+        (torch.float32, 1, 1e-5),
+        (torch.float32, 0, 0.0),
+    ],
 )
 def test_dense_layers_equal_autograd(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, tolerance: float, linear_output: bool
@@ -35,7 +41,7 @@ def test_dense_layers_equal_autograd(
     # So that both kernels take part.
     monkeypatch.setattr(fused, "_LARGE_PRODUCT", min(fused._LARGE_PRODUCT, 300 * 64))
     torch.manual_seed(1)
-    # Widths 37 and 45 are not aligned.
+    # Widths 37 and 45 are not aligned: with 512 rows, products have columns of zeros.
     layers = MLP([37, 64, 45, 1], linear_output=linear_output).to(dtype)
     x = torch.randn(rows, 37, dtype=dtype, requires_grad=True)
     ours, plain = layers(x), nn.Sequential.forward(layers, x)
