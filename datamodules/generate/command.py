@@ -12,13 +12,13 @@ from datamodules.generate.profiles import LEAST_ACCESSES, Profile, TraceSource, 
 from datamodules.generate.random import PRESETS, Law, RandomSettings, generate_random
 from datamodules.generate.trace import TraceSettings, check_plot, generate_trace, measure_fit, plot_fits, render_fits
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
-from datamodules.preprocess.progress import format_rate, format_size
+from datamodules.preprocess.progress import format_rate
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import require, settings_as_options
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 from lightning_dlrm.contracts.shipped import shipped_names
-from lightning_dlrm.contracts.terminal import command_after, command_line, counted, wrapped
+from lightning_dlrm.contracts.terminal import binary_size, command_after, command_line, counted, wrapped
 
 _DESCRIPTION = """\
 Write generated data: a dataset folder for fit, or raw files for preprocess. Each kind has its own options:
@@ -410,7 +410,7 @@ def _run_tsv(args: argparse.Namespace) -> int:
     sizes = generate_tsv(settings, args.output)
     seconds = time.perf_counter() - start
     for path, size in zip(args.output, sizes, strict=True):
-        print(f"{path}: {format_size(size)}")
+        print(f"{path}: {binary_size(size)}")
     print(f"{counted(settings.rows, 'row')} after {seconds:.1f} s ({format_rate(settings.rows / seconds)} rows/s)")
     options = ["--dataset", args.dataset, "--protocol", "dlrm", "--input", *map(str, args.output), "--output", "DIR"]
     print(command_after("preprocess them:", command_line("preprocess", *options)))
@@ -420,7 +420,7 @@ def _run_tsv(args: argparse.Namespace) -> int:
 def _run_log(args: argparse.Namespace) -> int:
     made = generate_log(LogSettings(form=args.form, rows=args.rows, seed=args.seed), args.output)
     for path in made.files:
-        print(f"{path}: {format_size(path.stat().st_size)}")
+        print(f"{path}: {binary_size(path.stat().st_size)}")
     scores = f"AUC {made.best.auc:.4f}, log loss {made.best.log_loss:.4f}"
     print(wrapped([f"{counted(args.rows, 'row')}; best scores that any model can reach on all of them: {scores}"]))
     schema, files = f"datasets/{args.form}.yaml", ["--input", *map(str, made.files)]

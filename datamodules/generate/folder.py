@@ -12,11 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from datamodules.preprocess.progress import format_duration, format_size
+from datamodules.preprocess.progress import format_duration
 from datamodules.writer import DatasetWriter, Values
 from lightning_dlrm.contracts.cache import cache_root
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, Column, DatasetSchema, SplitName
+from lightning_dlrm.contracts.terminal import binary_size
 
 SEED_RANGE = "a number from 0 to 2**64 - 1"
 
@@ -153,12 +154,12 @@ def checked_estimate(place: Path, rows: int, size: float, seconds: float, writte
     """
     parent = next(parent for parent in place.absolute().parents if parent.exists())
     free = shutil.disk_usage(parent).free + written
-    words = f"{rows:,} rows: about {format_size(size)} of disk"
+    words = f"{rows:,} rows: about {binary_size(size)} of disk"
     require(
         size <= free,
-        f"{words} are needed for {place}, {format_size(free)} are free; make room, choose another place, or fewer rows",
+        f"{words} are needed for {place}, {binary_size(free)} are free; make room, choose another place, or fewer rows",
     )
-    return f"{words} ({format_size(free)} are free) and {format_duration(seconds)}"
+    return f"{words} ({binary_size(free)} are free) and {format_duration(seconds)}"
 
 
 def _existing(planned: DatasetSchema, folder: Path) -> DatasetSchema | None:

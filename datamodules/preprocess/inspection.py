@@ -8,13 +8,12 @@ from typing import Any
 
 from datamodules.folder import Folder
 from datamodules.preprocess.leakage import render_equal_rows
-from datamodules.preprocess.progress import format_size
 from datamodules.preprocess.skew import Skew, vocabulary_skew
 from datamodules.preprocess.split_words import schema_of_log, split_words
 from datamodules.preprocess.text_tables import filled_below, fitted
 from lightning_dlrm.contracts.documents import parse_json
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, Column, DatasetSchema
-from lightning_dlrm.contracts.terminal import aligned
+from lightning_dlrm.contracts.terminal import aligned, binary_size
 
 _ONE_VALUE = "one value"
 
@@ -174,7 +173,7 @@ def render(facts: Mapping[str, Any], width: int = 0) -> str:
         ("dataset", f"{facts['dataset']}, protocol {facts['protocol']}{settings}"),
         ("encoding", f"{facts['fingerprints']['encoding'][:16]}  (a model scores only rows with this encoding)"),
         ("data", f"{facts['fingerprints']['data'][:16]}  (a run resumes only on these rows)"),
-        ("size", f"{facts['rows']:,} rows, {format_size(facts['bytes'])} of Parquet"),
+        ("size", f"{facts['rows']:,} rows, {binary_size(facts['bytes'])} of Parquet"),
     ]
     if facts["rows_per_file"]:
         entries.append(("made from", ", ".join(f"{name} ({rows:,} rows)" for name, rows in facts["rows_per_file"])))

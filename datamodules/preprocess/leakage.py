@@ -26,6 +26,7 @@ from datamodules.folder import Folder
 from datamodules.parquet import read_part
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SPLITS, Column, DatasetSchema, SplitName
+from lightning_dlrm.contracts.terminal import binary_size
 
 _RUN_ROWS = 1 << 22  # hashes sorted at once: 32 MB
 _RANGE_ROWS = 1 << 23  # hashes compared at once: 64 MB, and some copies of them
@@ -226,6 +227,6 @@ def _check_space(needed: int) -> None:
     free = shutil.disk_usage(folder).free
     require(
         free >= needed,
-        f"the leakage check needs {needed / 1e9:,.1f} GB in {folder}, which has {free / 1e9:,.1f} GB free; "
+        f"the leakage check needs {binary_size(needed)} in {folder}, which has {binary_size(free)} free; "
         "set TMPDIR to a folder with more",
     )

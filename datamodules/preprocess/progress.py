@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from datamodules.preprocess.sources import RawFile
 from lightning_dlrm.contracts.errors import require
-from lightning_dlrm.contracts.terminal import columns, has_colors, wrapped
+from lightning_dlrm.contracts.terminal import binary_size, columns, has_colors, wrapped
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -53,12 +53,12 @@ class StageTime:
         """Return one line.
 
         >>> print(StageTime(name="encode", rows=1_478_027, seconds=1.0, peak_bytes=4 * 10**8, disk_bytes=10**11))
-        encode    1,478,027 rows    1.0 s 1,500,000 rows/s  0.4 GB memory 100.0 GB disk
+        encode   1,478,027 rows    1.0 s 1,500,000 rows/s  381 MiB memory 93.1 GiB disk
         """
         rate = self.rows / self.seconds if self.seconds else 0.0
         return (
-            f"{_title(self.name):<7}{self.rows:>12,} rows {self.seconds:>6,.1f} s {format_rate(rate):>9} rows/s "
-            f"{format_size(self.peak_bytes):>7} memory {format_size(self.disk_bytes):>7} disk"
+            f"{_title(self.name):<7}{self.rows:>11,} rows {self.seconds:>6,.1f} s {format_rate(rate):>9} rows/s "
+            f"{binary_size(self.peak_bytes):>8} memory {binary_size(self.disk_bytes)} disk"
         )
 
 
@@ -115,8 +115,8 @@ class Stage:
         fraction = min(self._fraction, 1.0)
         parts = [
             f"{self.rows:,.0f} rows, {format_rate(self.rows / seconds)} rows/s",
-            f"{self.memory / 1e9:,.2f} GB memory",
-            f"{self.disk / 1e9:,.2f} GB disk",
+            f"{binary_size(self.memory)} memory",
+            f"{binary_size(self.disk)} disk",
         ]
         if self._bar is not None:
             room = columns(sys.stderr) - len("encode 100%|12345678| 00:00:00<00:00:00, ")
@@ -256,22 +256,22 @@ class Estimate:
         """
         needed = self.rows * self.row_bytes
         free = shutil.disk_usage(folder).free + bytes_below(folder)
-        words = f"about {self.rows:,.0f} rows: needs about {format_size(needed)} of disk"
+        words = f"about {self.rows:,.0f} rows: needs about {binary_size(needed)} of disk"
         require(
             needed <= free,
-            f"{words}, {format_size(free)} are free at {folder.parent}; make room, or choose another "
+            f"{words}, {binary_size(free)} are free at {folder.parent}; make room, or choose another "
             "place with --work and --output",
         )
         if output is not None and output.stat().st_dev != folder.stat().st_dev:
             dataset, room = self.rows * self.result_row_bytes, shutil.disk_usage(output).free
             require(
                 dataset <= room,
-                f"the dataset needs about {format_size(dataset)} of disk, {format_size(room)} are free at {output}; "
+                f"the dataset needs about {binary_size(dataset)} of disk, {binary_size(room)} are free at {output}; "
                 "make room, or choose another --output",
             )
         seconds = self.rows / (_ROWS_PER_WORKER_S * min(workers, _WORKERS_PER_DISK))
         of_workers = f" with {workers} workers" if workers > 1 else ""
-        return f"{words} ({format_size(free)} are free) and {format_duration(seconds)}{of_workers}"
+        return f"{words} ({binary_size(free)} are free) and {format_duration(seconds)}{of_workers}"
 
 
 def estimate(
@@ -325,13 +325,6 @@ def _sample(file: RawFile) -> tuple[float, float]:
     """Return bytes of text and lines for each stored byte."""
     sample, stored = _beginning(file)
     return len(sample) / max(stored, 1), sample.count(b"\n") / max(stored, 1)
-
-
-def format_size(size: float) -> str:
-    """Format a number of bytes."""
-    if size < 1e5:
-        return f"{size / 1e3:,.1f} KB" if size >= 1e3 else f"{size:.0f} bytes"
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def format_duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ from datamodules.preprocess.progress import StageTime
 from datamodules.preprocess.split_words import split_words
 from datamodules.preprocess.text_tables import filled_below, fitted
 from lightning_dlrm.contracts.schema import CRITEO_DENSE, SPLITS, DatasetSchema
-from lightning_dlrm.contracts.terminal import aligned, command_line, counted
+from lightning_dlrm.contracts.terminal import aligned, binary_size, command_line, counted
 
 REPORT_FILE = "report.json"
 """How a dataset was made: inputs, options, times. Not part of dataset.json, because it differs from run to run."""
@@ -76,7 +76,7 @@ def render_report(schema: DatasetSchema, stages: Sequence[StageTime], width: int
     lines += filled_below(
         f"{counted(read, 'row')} read, {counted(rows, 'row')} written{f' to {output}' if output else ''} in "
         f"{sum(stage.seconds for stage in stages):,.1f} s, with at most "
-        f"{max(stage.peak_bytes for stage in stages) / 1e9:,.2f} GB of memory (all processes together)",
+        f"{binary_size(max(stage.peak_bytes for stage in stages))} of memory (all processes together)",
         width,
         indent=2,
     )

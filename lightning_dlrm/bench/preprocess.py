@@ -37,6 +37,7 @@ from lightning_dlrm.bench.peer import peer_command, peer_name
 from lightning_dlrm.bench.processes import Footprint, run_process
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, DatasetSchema
+from lightning_dlrm.contracts.terminal import binary_size
 
 DESCRIPTION = """\
 Time the command preprocess, and measure its memory and disk space.
@@ -409,7 +410,7 @@ def render_predictions(cost: Cost) -> str:
             found = predict(cost, target, nodes)
             times = "".join(f"{_minutes(found[name]):>10}" for name in (*stages, "total"))
             sizes = (
-                f"{found['memory'] / 1e9:>15,.1f} GB{found['disk'] / 1e9:>13,.0f} GB{found['output'] / 1e9:>7,.0f} GB"
+                f"{binary_size(found['memory']):>18}{binary_size(found['disk']):>16}{binary_size(found['output']):>10}"
             )
             lines.append(f"  {target.name:<20}{f'{nodes} x {_NODE_CORES}':>14}{times}{sizes}")
     lines += [

@@ -9,12 +9,12 @@ import pytest
 from datamodules.generate.log import FORMS, LogSettings, generate_log
 from datamodules.log_schema import LogSchema, read_log_schema
 from datamodules.preprocess.inference import infer
-from datamodules.preprocess.progress import format_size
 from datamodules.preprocess.sniffing import read_sample
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.shipped import shipped_configs, shipped_names
+from lightning_dlrm.contracts.terminal import binary_size
 
 SCHEMAS = [name for name in shipped_names() if name.startswith("datasets/") and Path(name).stem in FORMS]
 ROWS = 2_000
@@ -71,7 +71,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     size = (tmp_path / "train.csv").stat().st_size
     out = capsys.readouterr().out
-    assert "100 rows; best scores that any model can reach" in out and f"train.csv: {format_size(size)}" in out
+    assert "100 rows; best scores that any model can reach" in out and f"train.csv: {binary_size(size)}" in out
     assert [len((tmp_path / f"{split}.csv").read_text().splitlines()) for split in ("train", "valid", "test")] == [
         73,
         19,

@@ -405,7 +405,7 @@ def test_what_a_threshold_leaves_and_what_is_needed_is_told(
     assert said[-1] == (
         "warning: none of the 2 values of a has a row of its own: lower its min_count, or leave the column out"
     )
-    assert said[0].startswith("about 200 rows: needs about 4.0 KB of disk (") and said[0].endswith("and 1 s")
+    assert said[0].startswith("about 200 rows: needs about 3.91 KiB of disk (") and said[0].endswith("and 1 s")
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

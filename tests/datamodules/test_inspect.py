@@ -451,7 +451,9 @@ def test_hash_tells_apart_rows_that_differ_in_one_value() -> None:
 
 def test_temporary_folder_without_space(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leakage.shutil, "disk_usage", lambda path: argparse.Namespace(free=100))
-    with pytest.raises(UserError, match=r"the leakage check needs 0\.0 GB in .* set TMPDIR"):
+    with pytest.raises(
+        UserError, match=r"the leakage check needs 1\.29 KiB in .*, which has 100 bytes free; set TMPDIR"
+    ):
         run_inspect(folder, "--leakage")
 
 

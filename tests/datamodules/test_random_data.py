@@ -344,11 +344,13 @@ def test_a_disk_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.Mon
     written: list[int] = []
     monkeypatch.setattr(folder.tqdm, "update", lambda _, rows: written.append(rows))
     settings = RandomSettings(tables=(1000,), train_rows=40_000_000)
-    with pytest.raises(UserError, match=r"rows: about [2-4]\.\d GB of disk are needed for .*data, 1\.0 GB are free"):
+    with pytest.raises(
+        UserError, match=r"rows: about [2-4]\.\d+ GiB of disk are needed for .*data, 95[45] MiB are free"
+    ):
         generate_random(settings, tmp_path / "data")
     assert not written and list(tmp_path.iterdir()) == []
     text = TsvSettings(rows=5_000_000)
-    with pytest.raises(UserError, match=r"5,000,000 rows: about 1\.2 GB of disk are needed for .*x\.txt"):
+    with pytest.raises(UserError, match=r"5,000,000 rows: about 1\.1\d GiB of disk are needed for .*x\.txt"):
         generate_tsv(text, [tmp_path / "x.txt"], progress=False)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,277 @@
+"""Contract: each mistake in a command gets one clear line, ends it with exit code 2, and loses nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli.trainer_settings import _check_place
+from lightning_dlrm.contracts.errors import UserError
+from tests.cli.test_cli import FIT, QUICK, STOP_EARLY, TINY_DEMO, own_folders
+
+__all__ = ["own_folders"]  # a fixture that every test uses
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--trainer.accumulate_grad_batches=3", "validate between steps"),
+        ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps is 0; expected 1 or more"),
+        ("--trainer.max_steps=-5", "trainer.max_steps is -5; expected 0 or more, or -1 for no limit"),
+        ("--trainer.max_epochs=-3", "trainer.max_epochs is -3; expected 0 or more, or -1 for no limit"),
+        ("--trainer.min_steps=-3", "trainer.min_steps is -3; expected 0 or more"),
+        ("--trainer.num_nodes=0", "trainer.num_nodes is 0; expected a number of machines, 1 or more"),
+        (
+            "--trainer.val_check_interval=0",
+            "trainer.val_check_interval is 0; expected a number of batches, above 0, or",
+        ),
+        ("--trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch is 0; expected 1 or more, or null to"),
+        ("--trainer.limit_val_batches=-3", "limit_val_batches is -3; expected a number of batches, 0 or more, or a sh"),
+        ("--trainer.limit_val_batches=1.5", "limit_val_batches is 1.5; expected a number of batches, 0 or more, or a"),
+        ("--trainer.gradient_clip_algorithm=x", "trainer.gradient_clip_algorithm is x; expected one of norm, value"),
+        ("--trainer.max_time=3", "trainer.max_time is 3; expected days:hours:minutes:seconds, such as 00:01:30:00"),
+        ("--trainer.profiler=x", "trainer.profiler is x; expected one of simple, advanced, pytorch"),
+        ("--stop_at_auc=0.3", "stop_at_auc is 0.3"),
+        ("--stop_at_auc=0.8 --trainer.limit_val_batches=0", "trainer.limit_val_batches is 0"),
+        ("--checkpoint.every_n_steps=-1", "checkpoint.every_n_steps is -1"),
+        ("--trainer.callbacks=WeightAveraging", "set model.averaging.decay"),
+        (f"{STOP_EARLY}validation/loss", "EarlyStopping's monitor is validation/loss; expected one of validation/auc"),
+        (f"{STOP_EARLY}validation/calibration", "EarlyStopping's monitor is validation/calibration; expected one of"),
+        (f"{STOP_EARLY}validation/group_auc --trainer.callbacks.mode=max", "no column is given to group by"),
+        (f"{STOP_EARLY}validation/auc", "mode is min, but higher values of validation/auc (weight 1) are better"),
+        (
+            f"{STOP_EARLY}validation/log_loss --trainer.callbacks.mode=max",
+            "mode is max, but lower values of validation/log_loss (weight 1) are better: set mode to min",
+        ),
+        (f"{STOP_EARLY}validation/log_loss --trainer.limit_val_batches=0", "trainer.limit_val_batches is 0"),
+        (
+            "--trainer.callbacks=ReduceOnPlateau",
+            "ReduceOnPlateau sets the learning rates, and so does model.schedule WarmupThenDecay: leave one of them",
+        ),
+        (
+            "--trainer.callbacks=ReduceOnPlateau --trainer.callbacks.monitor=validation/loss",
+            "ReduceOnPlateau's monitor is validation/loss; expected one of validation/auc",
+        ),
+        (
+            "--trainer.callbacks=ReduceOnPlateau --trainer.callbacks.mode=min",
+            "mode is min, but higher values of validation/auc (weight 1) are better: set mode to max",
+        ),
+        (
+            "--trainer.callbacks=ReduceOnPlateau "
+            '--trainer.callbacks.monitor={"validation/auc":1.0,"validation/log_loss":0.5}',
+            "of validation/log_loss (weight 0.5) are better: give it the weight -0.5",
+        ),
+        (f"{STOP_EARLY}validation/log_loss --trainer.callbacks.check_on_train_epoch_end=true", "leave it out"),
+    ],
+)
+def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, *QUICK, "--run_dir", "run", *option.split()]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fitt"], "no command fitt; did you mean fit?"),
+        (["fit", "--config", "dlmr.yaml"], "did you mean dlrm.yaml?"),
+        (["fit", "--config", "dlrm"], "did you mean dlrm.yaml?"),
+        (["fit", "--config", "figure5.yaml"], "lightning_dlrm compare --config figure5.yaml"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.max_step", "3"], "did you mean trainer.max_steps?"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--model.network.embeding_dim", "3"],
+            "did you mean model.network.embedding_dim?",
+        ),
+        (["fit", "--config", "dlrm.yaml", "--data.pth", "x"], "did you mean data.path?"),
+        (["fit", "--config", "dlrm.yaml", "--model.network", "DLMR"], "no class DLMR"),
+        (["fit", "--config", "dlrm.yaml", "--model.netwrok.embedding_dim", "3"], "mean model.network.embedding_dim?"),
+        (["fit", "--config", "small.yaml"], "begin with a model, as in --config dlrm.yaml --config OVERLAY"),
+        (["fit", "small.yaml"], "did you mean --config small.yaml?"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--seed_everything", "-3"],
+            "error: seed_everything is -3; give a number from 0",
+        ),
+        (["fit", "--config", "dlrm.yaml", "--seed_everything", str(2**32)], "seed_everything is 4294967296; give"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--trainer.max_steps", "many"],
+            "trainer.max_steps is many; expected a",
+        ),
+        (["fit", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
+        (["fit", "--config", "dlrm.yaml", "--data.path", "."], "is not a dataset folder: it has no dataset.json"),
+        (["fit", "--config", "dlrm.yaml", "--data.batch_size", "0"], "error: data.batch_size is 0; give 1 or more"),
+        (["fit", "--config", "dlrm.yaml", "--data.path="], "data.path is missing: give --data.path DIR, a folder made"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--config", "own_data.yaml"],
+            "data.path is missing: give --data.path DIR, a folder made by preprocess (demo data are for the class C",
+        ),
+        (
+            ["fit", "--config", "dlrm.yaml", "--model.network.init_args.bottom_mlp", "512-256"],
+            "error: model.network.bottom_mlp: 512-256 is not a list; write [512, 256]",
+        ),
+        (["fit", "--config", "dlrm.yaml", "--model.network.top_mlp", "64"], "top_mlp: 64 is not a list; write [64]"),
+        (["fit", "--config", "dlrm.yaml", "--model.network.top_mlp", "3.5"], "top_mlp is 3.5; expected a list of"),
+        (["fit", "--config", "dlrm.yaml", "--model.network.embedding_dim", "0"], "embedding_dim is 0; expected 1 or"),
+        (["fit", "--config", "dlrm.yaml", "--model.averaging", "3"], "averaging is 3; expected keys with values, whi"),
+        (["fit", "--config", "dlrm.yaml", "--config"], "error: --config needs a value"),
+        (["fit", "--config", "--run_dir", "x"], "error: --config needs a value: a YAML file, or the name of a"),
+        (["fit", "--config="], "error: --config needs a value: a YAML file, or the name of a shipped one"),
+        (["fit", "--config", "dlrm.yaml", "--data.path"], "error: --data.path needs a value"),
+        (["fit", "--config", "dlrm.yaml", "--run_dir"], "error: --run_dir needs a value"),
+        (
+            ["plan", "--config", "dlrm.yaml", "--json=3"],
+            "--json is given the value 3, but takes none: write --json alo",
+        ),
+        (["plan", "--config", "dlrm.yaml", "--json", "3"], "unknown argument 3; options begin with --"),
+        (
+            ["validate"],
+            "validate needs a model and a checkpoint: give --config runs/NAME/config.yaml --ckpt_path runs/N",
+        ),
+        (["compare", "--config", "figure5.yaml", "--seeds", "x", "--output", "y"], "--seeds is x; expected whole numb"),
+        (["fit", "--config", "dlrm.yaml", "--model.network.bottom_mlp", "[3,4]"], "ends in 4 but embedding_dim is 16"),
+        (["fit", "--config", "dlrm.yaml", "--model.table_optimizer.learning_rate", "-1"], "learning_rate is -1"),
+        (["fit", "--config", "dlrm.yaml", "--resume", "auto"], "give it with --run_dir"),
+        (["fit", "--config", "dlrm.yaml", "--ckpt_path", "nowhere"], "checkpoint nowhere does not exist"),
+        (["fit", "--config", "dlrm.yaml", "--config", "criteo_kaggle.yaml"], "reads 'kaggle'"),
+        (["validate", "--config", "dlrm.yaml"], "validate needs a checkpoint"),
+        (["test", "--config", "dlrm.yaml"], "test needs a checkpoint"),
+        (["predict", "--config", "dlrm.yaml"], "predict needs a checkpoint"),
+        (["params", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
+        (["inspect", "nowhere"], "with 'python -m lightning_dlrm generate demo'"),
+        (["fit", "--config", "dlrm.yaml", "--wandb.log_model", "maybe"], "log_model: maybe is not one of true, false"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.devices", "2"], "needs --trainer.strategy embedding_sharded_ddp"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.precision", "foo"], "trainer.precision: foo is not one of"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--seed_everything", "abc"],
+            "seed_everything is abc; expected a whole number, true",
+        ),
+        (["fit", "--config", "dlrm.yaml", "--trainer.precision", "16-mixed"], "use bf16-mixed"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val is -1"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.val_check_interval", "0.5"], "should be an integer"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.accelerator", "abacus"], "abacus; expected auto, cpu or gpu"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.strategy", "embeding_sharded"], "mean embedding_sharded_ddp?"),
+        (["predict", "--ckpt_path", "runs/x/checkpoints/best"], "--config runs/x/config.yaml"),
+        (["preprocess", "--schema", "nosuch.yaml", "--input", "x", "--output", "y"], "shipped are datasets/avazu.yaml"),
+        (["bench", "stpe"], "WORK is stpe; did you mean step? Expected one of lookup, step"),
+        (["preprocess", "--dataset", "kagle", "--input", "x"], "--dataset is kagle; did you mean kaggle?"),
+        (["params", "--config", "dlrm.yaml", "--ckpt_path", "x"], "params opens no checkpoint: leave --ckpt_path out"),
+        (["fit", "--config", "dlrn.yaml"], "no configuration dlrn.yaml here; did you mean dlrm.yaml?"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
+)
+def test_a_mistake_gets_one_clear_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], err
+    assert err.splitlines()[-1] == errors[0]
+    assert list(Path().iterdir()) == [], "nothing is left behind"
+    assert "Traceback" not in err + out
+
+
+def test_bench_gpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["bench", "gpu"]) == 2
+    missing = "error: bench gpu needs a CUDA device, but torch finds none here: give --predict or --device cpu\n"
+    assert capsys.readouterr().err == missing
+
+
+def test_a_dataset_folder_in_the_given_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine/data").mkdir(parents=True)
+    Path("mine/data/dataset.json").touch()
+    Path("here").mkdir()
+    monkeypatch.chdir("here")
+    for place, said in {
+        "../mine": "error: ../mine is not a dataset folder: it has no dataset.json; dataset folders in it: ../mine",
+        ".": "it has no dataset.json; make it with 'python -m lightning_dlrm preprocess --output",
+        "..": "finished",
+    }.items():
+        Path("../mine/data/dataset.json").unlink() if place == ".." else None
+        assert main(["inspect", place]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_places_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    settings: dict[str, Any] = {"accelerator": "auto", "strategy": "auto", "devices": "auto"}
+    for devices in ("two", "-1", "0,1", [0, 1], "1.5", "0", 0, -1):
+        with pytest.raises(UserError, match=r"trainer.devices is .*; expected auto, or a number of ranks, 1 or more"):
+            _check_place(settings | {"devices": devices})
+    for accelerator in ("gpu", "cuda"):
+        with pytest.raises(UserError, match=f"is {accelerator}, but torch finds no CUDA device here; use cpu"):
+            _check_place(settings | {"accelerator": accelerator})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for devices in ("-1", "0,1", [0, 1], 2, "2", "auto"):
+        _check_place(settings | {"devices": devices})
+
+
+def test_faults_in_one_of_several_files(capsys: pytest.CaptureFixture[str]) -> None:
+    for text, said in {
+        "trainer: {max_stepz: 3}": "unknown key max_stepz; did you mean trainer.max_steps",
+        "modle: {seed: 3}": "unknown key modle.seed; did you mean model",
+        "model: {network: {class_path: DLRM, init_args: {embeding_dim: 3}}}": "did you mean model.network.embedding_",
+        "trainer: {max_steps: ten}": "trainer.max_steps is ten",
+    }.items():
+        Path("bad.yaml").write_text(text)
+        assert main(["params", "--config", "dlrm.yaml", "--config", "bad.yaml"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: bad.yaml: ") and said in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"trainer:\n  max_steps: [1\n bad: :\n", "bad.yaml is not YAML"),
+        (b"\xff\xfe\x00", "bad.yaml is not YAML"),
+        (
+            b"trainer:\n\tmax_steps: 1\n",
+            "bad.yaml is not YAML (line 2: a tab at the beginning; indent with spaces); exp",
+        ),
+        (
+            b"data:\n  bottom_mlp: [1,\n    2\ntrainer: 1\n",
+            "(line 4: a comma, or the closing ], is missing before this place, in what begins in line 2); expected a c",
+        ),
+        (b"trainer:\n    max_steps: 1\n  devices: 1\n", "(line 3: this line is not indented as the lines before it"),
+        (b"a: b: c\n", "(line 1: a colon after a value, or a line that is indented too far); expected a"),
+        (b"trainer: {}\nabc\n", "(line 3: a key without a colon"),
+        (b"a: 'b\nc: 3\n", "(line 3: the closing quotation mark is missing, in what begins in line 1)"),
+        (b"a: 1\nb: 2\na: 3\n", "bad.yaml: the key a occurs twice, again in line 3; keep one"),
+        (b"", "bad.yaml is empty; expected a configuration: keys such as 'trainer:', each with its values"),
+        (b"# nothing\n", "bad.yaml is empty; expected a configuration"),
+        (b"- a\n- b\n", "bad.yaml holds no keys with values"),
+    ],
+)
+def test_files_that_are_no_configuration(content: bytes, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_bytes(content)
+    assert main(["fit", "--config", "dlrm.yaml", "--config", "bad.yaml"]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*FIT, *QUICK, "--run_dir", "run", "--trainer.max_steps=2"]
+    assert main(options) == 0
+    before = Path("run/summary.json").read_bytes()
+    assert main(options) == 2
+    assert "--resume auto" in capsys.readouterr().err
+    assert Path("run/summary.json").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_not_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("thesis").mkdir()
+    Path("thesis/chapter.tex").write_text("")
+    assert main([*FIT, *QUICK, "--run_dir", "thesis", "--resume=auto"]) == 2
+    assert "thesis is not a run folder: it holds chapter.tex" in capsys.readouterr().err
+    assert [path.name for path in Path("thesis").iterdir()] == ["chapter.tex"]
+
+
+def test_checkpoint_of_another_model_or_dataset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, *QUICK, "--run_dir", "run", "--trainer.max_steps=2"]) == 0
+    checkpoint = ["--ckpt_path", "run/checkpoints/last"]
+    dcn: list[Any] = ["validate", "--config", "dcn.yaml", "--config", "small.yaml", *TINY_DEMO, *checkpoint]
+    for arguments, message in [
+        (dcn, "holds the model DLRM, but this run trains DCN"),
+        (["validate", *FIT[1:], "--data.demo.seed=5", *checkpoint], "another encoding (fingerprint"),
+        ([*FIT, *QUICK, "--data.demo.train_rows=9000", "--run_dir", "other", *checkpoint], "trained on other rows"),
+    ]:
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
