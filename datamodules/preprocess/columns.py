@@ -8,7 +8,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, Literal
 
-from datamodules.preprocess.dialect import is_dressed_number, is_number
+from datamodules.preprocess.dialect import is_formatted_number, is_number
 from datamodules.preprocess.sniffing import Sample, Value
 
 Kind = Literal["empty", "boolean", "integer", "number", "text", "time", "list", "numbers", "object"]
@@ -296,8 +296,8 @@ def _choose_text(facts: Facts, sample: Sample) -> Choice:
         listed = Facts(name=facts.name, kind="list", values=facts.values, missing=facts.missing, counts=items)
         settings = {"role": "multi_hot", "separator": separator}
         return _categories(listed, sample, settings, f"text with several values between {separator!r}")
-    if dressed := dressed_number(facts):
-        reason = f"numbers with other characters, such as {dressed!r}; to use them as numbers, write plain ones"
+    if formatted := formatted_number(facts):
+        reason = f"numbers with other characters, such as {formatted!r}; to use them as numbers, write plain ones"
         if not facts.is_unique:
             return _categories(facts, sample, {"role": "categorical"}, reason)
         return Choice(settings={"role": "leave"}, reason=reason)
@@ -308,11 +308,11 @@ def _choose_text(facts: Facts, sample: Sample) -> Choice:
     return _categories(facts, sample, {"role": "categorical"}, "text")
 
 
-def dressed_number(facts: Facts) -> str | None:
+def formatted_number(facts: Facts) -> str | None:
     """Return a number with other characters, such as ``$9.56``, if all values of a column of text are numbers."""
-    dressed = [value for value in facts.counts if is_dressed_number(value)] if facts.kind == "text" else []
-    rest = facts.counts.keys() - set(dressed)
-    return str(dressed[0]) if dressed and all(map(is_number, rest)) else None
+    formatted = [value for value in facts.counts if is_formatted_number(value)] if facts.kind == "text" else []
+    rest = facts.counts.keys() - set(formatted)
+    return str(formatted[0]) if formatted and all(map(is_number, rest)) else None
 
 
 def _categories(facts: Facts, sample: Sample, settings: dict[str, Any], reason: str) -> Choice:

@@ -13,14 +13,16 @@ _SEPARATORS = ("\t", ";", "::", "|", ",")
 """In the order in which they are taken if several split all lines into equally many fields."""
 _SURE_NULLS = ("\\N", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", "N/A", "n/a")
 """Texts that mean a missing value in any column."""
-_NUMERIC_NULLS = ("NA", "na", "None", "none", "missing", "unknown", "-", "--", "?", ".")
+_NUMERIC_NULLS = ("NA", "na", "None", "none", "-", "--", "?", ".")
 """Texts that mean a missing value if all other values of their column are numbers."""
+_NULL_WORDS = ("missing", "unknown")
+"""The same, if they are a value of no other column: there they can be a category."""
 
 _NUMBER = {
     ".": re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"),
     ",": re.compile(r"[+-]?(\d+,?\d*|,\d+)([eE][+-]?\d+)?"),
 }
-_DRESSED = re.compile(r"(?=.*[\s%$€£¥])[\s$€£¥]*[+-]?\d+([.,]\d+)?[\s%$€£¥]*|[+-]?\d{1,3}([,.' ]\d{3})+([.,]\d+)?")
+_FORMATTED = re.compile(r"(?=.*[\s%$€£¥])[\s$€£¥]*[+-]?\d+([.,]\d+)?[\s%$€£¥]*|[+-]?\d{1,3}([,.' ]\d{3})+([.,]\d+)?")
 _LEADING_ZERO = re.compile(r"[+-]?0\d")
 
 
@@ -33,13 +35,13 @@ def is_number(text: str, decimal: str = ".") -> bool:
     return bool(_NUMBER[decimal].fullmatch(text)) and not _LEADING_ZERO.match(text)
 
 
-def is_dressed_number(text: str) -> bool:
+def is_formatted_number(text: str) -> bool:
     """Return whether a text is a number with spaces, a currency, a percent sign or separators of thousands.
 
-    >>> is_dressed_number("$7.93"), is_dressed_number("12 %"), is_dressed_number("1,234.50"), is_dressed_number("7.93")
-    (True, True, True, False)
+    >>> [is_formatted_number(text) for text in ("$7.93", "12 %", "1,234.50", "7.93")]
+    [True, True, True, False]
     """
-    return bool(_DRESSED.fullmatch(text))
+    return bool(_FORMATTED.fullmatch(text))
 
 
 def fields_of(text: str, separator: str, quote: str | None = '"') -> Iterator[tuple[int, list[str]]]:
@@ -126,11 +128,13 @@ def decimal_of(rows: Sequence[Sequence[str]], separator: str) -> str:
 
 def nulls_of(columns: dict[str, list[str]], decimal: str) -> tuple[str, ...]:
     """Return the texts that mean a missing value, the empty one always among them."""
-    found = {""}
+    found, categories = {""}, set[str]()
     for cells in columns.values():
         different = set(cells)
         found |= different & set(_SURE_NULLS)
-        others = different - {"", *_SURE_NULLS, *_NUMERIC_NULLS}
+        others = different - {"", *_SURE_NULLS, *_NUMERIC_NULLS, *_NULL_WORDS}
         if others and all(is_number(cell, decimal) for cell in others):
-            found |= different & set(_NUMERIC_NULLS)
-    return tuple(sorted(found))
+            found |= different & {*_NUMERIC_NULLS, *_NULL_WORDS}
+        else:
+            categories |= different & set(_NULL_WORDS)
+    return tuple(sorted(found - categories))

@@ -19,9 +19,9 @@ from datamodules.preprocess.columns import (
     Choice,
     Facts,
     choose,
-    dressed_number,
     examples,
     facts_of,
+    formatted_number,
     in_order,
     shortened,
     tells_label,
@@ -142,8 +142,8 @@ def _report(output: Path, log: _Inferred, sample: Sample, width: int) -> list[st
     if read := _maybe_thousands(sample):
         entries["decimal"] = f"a comma, as a guess: {read}; if it separates thousands, remove it from the file"
     entries |= {role: f"{', '.join(by_role[role])} ({words})" for role, words in _ROLES.items() if role in by_role}
-    if dressed := [f"{column.name} ({one!r})" for column in log.facts if (one := dressed_number(column))]:
-        entries["text"] = f"{', '.join(dressed)}: to use them as numbers, write plain ones in the file, such as 9.56"
+    if formatted := [f"{column.name} ({one!r})" for column in log.facts if (one := formatted_number(column))]:
+        entries["text"] = f"{', '.join(formatted)}: to use them as numbers, write plain ones in the file, such as 9.56"
     entries["split"] = f"by {log.split['by']}: {log.split_reason}"
     lines = filled_below(
         f"wrote {output}: a schema of {counted(len(sample.columns), 'column')}, from "

@@ -123,7 +123,7 @@ class Recipe:
 
     @property
     def unscaled(self) -> tuple[str, ...]:
-        """The dense columns whose numbers can be as large as those of the log."""
+        """The dense columns whose numbers are not scaled."""
         return tuple(
             name
             for name, column in self.schema.columns.items()

@@ -83,8 +83,10 @@ def _resolve_run_config(name: str) -> str:
 
 
 def replaced_classes(arguments: Sequence[str]) -> list[str]:
-    """Return a sentence for each class of the network or the data that a later whole configuration, which chooses a
-    network, replaces: probably it was to come first, with overlays after it."""
+    """Return a sentence for each class of the network or the data that a later whole configuration replaces.
+
+    A configuration is whole if it chooses a network. Usually it comes first, and overlays come after it.
+    """
     said: list[str] = []
     chosen: dict[str, tuple[str, str]] = {}
     for name in given_configs(arguments):
@@ -92,7 +94,8 @@ def replaced_classes(arguments: Sequence[str]) -> list[str]:
         is_whole = "model.network.class_path" in settings
         for key in ("model.network.class_path", "data.class_path"):
             found = settings.get(key)
-            if found is None:
+            if not isinstance(found, str):
+                # The parser refuses anything but a name.
                 continue
             file, before = chosen.get(key, (name, found))
             if is_whole and before.rpartition(".")[2] != found.rpartition(".")[2]:

@@ -342,7 +342,6 @@ def _log_handler() -> logging.Handler:
 def configure_logging() -> None:
     """Set the levels of loggers; Lightning's INFO messages are advice for authors of training code."""
     logging.basicConfig(level=logging.WARNING, handlers=[_log_handler()])
-
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     for name in ("pytorch_lightning", "lightning_fabric"):

@@ -107,16 +107,17 @@ def is_finished(job: Job, trainer: pl.Trainer) -> bool:
         return False
     # As Lightning attaches them at the start of a fit; the length of an epoch depends on the trainer.
     trainer.datamodule, job.datamodule.trainer = job.datamodule, trainer  # type: ignore[attr-defined]
-    setting, step = what_ended(trainer, checkpoint), checkpoint["global_step"]
+    settings, step = what_ended(trainer, checkpoint), checkpoint["global_step"]
     # A run that was killed after its last checkpoint has no results yet.
     is_resumed = job.settings.resume is not None
-    if setting is None or (is_resumed and RunFolder(Path(job.settings.run_dir)).final().get(names.STEP) != step):
+    if not settings or (is_resumed and RunFolder(Path(job.settings.run_dir)).final().get(names.STEP) != step):
         return False
     if trainer.is_global_zero:
         # The state of EarlyStopping restores its bounds, such as its patience.
-        remedy = "remove it" if setting.startswith("EarlyStopping") else "raise or remove it"
-        remedy = "raise or remove both" if " and " in setting else remedy
-        print(f"already finished at step {step:,}; nothing to do ({setting}: to continue training, {remedy})")
+        remedies = ["remove" if name.startswith("EarlyStopping") else "raise or remove" for name in settings]
+        ends = zip(settings, remedies, strict=True)
+        words = "; ".join(f"{name}: to continue training, {remedy} it" for name, remedy in ends)
+        print(f"already finished at step {step:,}; nothing to do ({words})")
     return True
 
 

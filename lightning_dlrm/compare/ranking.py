@@ -13,6 +13,8 @@ from lightning_dlrm.compare.statistics import Interval, Metric, Score
 
 _SHOWN_NAMES = 4
 """Most configurations that a title or a sentence lists by name; of more it gives the number."""
+_MOST_DIGITS = 7
+_ROUNDING = 1e-12
 
 
 def title_of(arms: Sequence[Arm]) -> str:
@@ -70,6 +72,10 @@ def _in_words(name: str) -> str:
 def _listed(words: Sequence[str]) -> str:
     if len(words) > _SHOWN_NAMES:
         return f"{len(words)} configurations"
+    return _joined(words)
+
+
+def _joined(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
@@ -92,9 +98,10 @@ def with_spread(comparison: Comparison, metric: Score, digits: int = 5) -> list[
     then that of the click rate alone. All have the same number of decimals."""
     found = [comparison.values(arm, metric) for arm in ranked(comparison)]
     spreads = [float(np.std(values, ddof=1)) if len(values) > 1 else None for values in found]
-    if least := min(filter(None, spreads), default=0.0):
+    # Equal values can have a spread by rounding.
+    if least := min((spread for spread in spreads if spread is not None and spread > _ROUNDING), default=0.0):
         # Enough for a digit that is not 0.
-        digits = max(digits, -math.floor(math.log10(least)))
+        digits = min(max(digits, -math.floor(math.log10(least))), _MOST_DIGITS)
     cells = [
         f"{np.mean(values):.{digits}f}" + ("" if spread is None else f" ({spread:.{digits}f})")
         for values, spread in zip(found, spreads, strict=True)
@@ -156,23 +163,25 @@ def _untrained(comparison: Comparison) -> tuple[str, str]:
         if len(runs) == len(arm.runs):
             wholly[arm.name] = f"{np.mean(comparison.values(arm, 'auc')):.4f}"
         else:
-            seeds = f"seed{'s' * (len(runs) > 1)} {_listed([str(run.seed) for run in runs])}"
-            sentences.append(f"{arm.name} did not train with {seeds}: AUC no better than random; its mean includes it.")
+            seeds = f"seed{'s' * (len(runs) > 1)} {_joined([str(run.seed) for run in runs])}"
+            sentences.append(
+                f"{arm.name} did not train with {seeds}: AUC no better than random; its mean includes "
+                f"{'it' if len(runs) == 1 else 'them'}."
+            )
     if wholly:
-        its = "its AUC of" if len(wholly) == 1 else "their AUCs of"
-        verb = "is" if len(wholly) == 1 else "are"
-        sentences.insert(
-            0,
-            f"{_listed(list(wholly))} did not train: {its} {_listed(list(wholly.values()))} {verb} no better than "
-            "random.",
-        )
+        aucs = list(wholly.values())
+        of = _joined(aucs) if len(aucs) <= _SHOWN_NAMES else f"{min(aucs)} to {max(aucs)}"
+        is_no_better = f"its AUC of {of} is" if len(wholly) == 1 else f"their AUCs of {of} are"
+        sentences.insert(0, f"{_joined(list(wholly))} did not train: {is_no_better} no better than random.")
     if not found:
         return "", ""
-    chance = comparison.scores[comparison.runs[0].name].samples.chance
+    limit = ""
+    if not comparison.warnings:
+        limit = f", give or take {comparison.scores[comparison.runs[0].name].samples.chance:.4f}"
     return " ".join(sentences), (
-        f"Random predictions for these samples have an AUC of 0.5, give or take {chance:.4f}. Look at the training log "
-        f"loss of {_listed(found)} in the report: if it stays above that of the click rate alone, train longer or with "
-        "higher learning rates; if it rises or jumps, with lower ones."
+        f"Random predictions for these samples have an AUC of 0.5{limit}. Look at the training log loss of "
+        f"{_joined(found)} in the report: if it stays above that of the click rate alone, train longer or with higher "
+        "learning rates; if it rises or jumps, with lower ones."
     )
 
 

@@ -42,7 +42,7 @@ class Samples:
     def chance(self) -> float:
         """Distance from 0.5 that an AUC of random predictions has at most, in 997 cases of 1,000."""
         clicks = int(np.sum(self.labels > 0))
-        return 3 * chance_deviation(clicks, len(self.labels) - clicks)
+        return min(3 * chance_deviation(clicks, len(self.labels) - clicks), MOST_CHANCE)
 
     @cached_property
     def of_click_rate(self) -> dict[str, float]:
@@ -64,7 +64,7 @@ class Scores:
     @property
     def random(self) -> bool:
         """Whether the AUC is no better than that of random predictions."""
-        return self.metrics["auc"] <= 0.5 + min(self.samples.chance, MOST_CHANCE)
+        return self.metrics["auc"] <= 0.5 + self.samples.chance
 
 
 def scoring_command(run: Run, split: Split, folder: Path) -> list[str] | None:

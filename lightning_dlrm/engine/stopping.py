@@ -42,7 +42,7 @@ class FinalValidation(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if trainer.state.fn == "fit" and what_ended(trainer, checkpoint) is not None:
+        if trainer.state.fn == "fit" and what_ended(trainer, checkpoint):
             _end_without_step(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -84,9 +84,8 @@ def _end_without_step(trainer: pl.Trainer) -> None:
     trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
 
 
-def what_ended(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> str | None:
-    """Return the settings that end a fit at a checkpoint, such as ``trainer.max_steps 100``, joined by "and"; None if
-    steps are left.
+def what_ended(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> list[str]:
+    """Return the settings that end a fit at a checkpoint, such as ``trainer.max_steps 100``; none if steps are left.
 
     Args:
         trainer: trainer of the fit that continues; its callbacks that can end a fit get their state.
@@ -109,7 +108,7 @@ def what_ended(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> str | None
     is_met = step >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
     if is_met and (ended := _stopped_by_callback(trainer)) is not None:
         found.append(ended)
-    return " and ".join(found) or None
+    return found
 
 
 def _close_epoch(loops: dict[str, Any], trainer: pl.Trainer) -> int:

@@ -1,6 +1,6 @@
 """DCN: Deep & Cross Network (Wang et al. 2017, arXiv:1708.05123; v2: Wang et al. 2021, arXiv:2008.13535).
 
-Shape suffixes: B samples, d features, L layers, r rank, E experts. The initial weights of cross networks are Xavier
+Shape suffixes: B samples, d features, r rank, E experts. The initial weights of cross networks are Xavier
 normal, their initial biases are zero.
 """
 
@@ -96,17 +96,18 @@ class MatrixCross(CrossNetwork):
 
     def forward(self, x0_Bd: Tensor) -> Tensor:
         """Return the crosses of the input: [B, d] -> [B, d]."""
+        extra = missing_columns(self.features, len(x0_Bd))
+        if not extra:
+            return super().forward(x0_Bd)
         # Columns of zeros align the rows, and stay zero.
-        extra = missing_columns(self.features)
-        weight_Ldd: Tensor = self.weight
-        bias_Ld: Tensor = self.bias
+        return super().forward(functional.pad(x0_Bd, (0, extra)))[:, : self.features]
+
+    def cross(self, layer: int, x0_Bd: Tensor, x_Bd: Tensor) -> Tensor:
+        """Return x_{l+1} of one layer from x_0 and x_l, which may have further columns of zeros."""
+        weight_dd, bias_d, extra = self.weight[layer], self.bias[layer], x_Bd.shape[1] - self.features
         if extra:
-            weight_Ldd = functional.pad(weight_Ldd, (0, extra, 0, extra))
-            bias_Ld, x0_Bd = functional.pad(bias_Ld, (0, extra)), functional.pad(x0_Bd, (0, extra))
-        x_Bd = x0_Bd
-        for weight_dd, bias_d in zip(weight_Ldd, bias_Ld, strict=True):
-            x_Bd = torch.addcmul(x_Bd, x0_Bd, functional.linear(x_Bd, weight_dd, bias_d))
-        return x_Bd[:, : self.features]
+            weight_dd, bias_d = functional.pad(weight_dd, (0, extra, 0, extra)), functional.pad(bias_d, (0, extra))
+        return torch.addcmul(x_Bd, x0_Bd, functional.linear(x_Bd, weight_dd, bias_d))
 
     def initial_variances(self) -> dict[str, float]:
         return {"weight": 1 / self.features, "bias": 0.0}

@@ -66,9 +66,11 @@ def fusible_layers(modules: Iterable[nn.Module], x_Bd: Tensor) -> list[tuple[nn.
     return layers or None
 
 
-def missing_columns(width: int) -> int:
-    """Return the number of columns of zeros that align the rows of a matrix; 0 for a narrow matrix."""
-    return 0 if width < _NARROW_INPUT else -width % _ALIGNED_WIDTH
+def missing_columns(width: int, samples: int) -> int:
+    """Return the number of columns of zeros that align the rows of a matrix; 0 if it is narrow or has few samples."""
+    # A compiled or exported program serves any number of samples.
+    is_small = width < _NARROW_INPUT or (not torch.compiler.is_compiling() and samples < _MANY_SAMPLES)
+    return 0 if is_small else -width % _ALIGNED_WIDTH
 
 
 def fused_mlp(
@@ -230,7 +232,7 @@ class _PairProducts(torch.autograd.Function):
 
 def _aligned(values_nd: Tensor, samples: int) -> Tensor:
     """Return the values, with ``missing_columns`` of zeros if there are many samples."""
-    missing = missing_columns(values_nd.shape[1]) if samples >= _MANY_SAMPLES else 0
+    missing = missing_columns(values_nd.shape[1], samples)
     return functional.pad(values_nd, (0, missing)) if missing else values_nd
 
 

@@ -105,12 +105,12 @@ class StepSchedule(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the step of a saved state, which may be that of a scheduler of torch."""
         self.last_epoch = state_dict["last_epoch"]
-        before, now = state_dict.get("total_steps"), vars(self).get("total_steps")
+        before, now = state_dict.get("total_steps"), getattr(self, "total_steps", None)
         if before is not None and now is not None and before != now:
             log.info(
-                "the schedule %s now spans %s steps, and %s before: learning rates from here on differ from those of a "
-                "run that is not resumed",
-                *(type(self).__name__, f"{now:,}", f"{before:,}"),
+                "the schedule %s now spans %s steps, and %s before: the steps so far had other learning rates than in "
+                "a fit of %s steps from the start",
+                *(type(self).__name__, f"{now:,}", f"{before:,}", f"{now:,}"),
             )
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             if isinstance(group["lr"], Tensor):

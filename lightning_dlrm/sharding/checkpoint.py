@@ -169,7 +169,7 @@ def resolve_checkpoint(folder: Path) -> Path:
         raise UserError(f"{folder} is not a checkpoint, but a folder with checkpoints: give {' or '.join(found)}")
     what = "is not a checkpoint folder (no manifest.json)" if folder.exists() else "does not exist"
     beside = [name for name in ("best", "last") if (folder.parent / name / MANIFEST).is_file()]
-    meant = nearest(folder.name, beside or ("best", "last"))
+    meant = nearest(folder.name, beside)
     expected = meant or "; expected a folder such as runs/NAME/checkpoints/last"
     raise UserError(f"checkpoint {folder} {what}{expected}")
 

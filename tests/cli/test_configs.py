@@ -184,3 +184,10 @@ def test_a_later_configuration_that_replaces_the_data_or_the_network_is_named() 
     (said,) = replaced_classes(["--config=dlrm.yaml", "--config=dcn.yaml"])
     assert said.startswith("dcn.yaml replaces model.network.class_path DLRM of dlrm.yaml by DCN")
     assert replaced_classes(["--config", "dlrm.yaml", "--config", "own_data.yaml", "--config", "small.yaml"]) == []
+
+
+@pytest.mark.parametrize("wrong", ["[DLRM]", "5", "{a: 1}"])
+def test_a_class_that_is_no_name_is_left_to_the_parser(wrong: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(f"model:\n  network:\n    class_path: {wrong}\n")
+    assert replaced_classes(["--config", "dlrm.yaml", "--config", str(file)]) == []

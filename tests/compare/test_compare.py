@@ -417,6 +417,18 @@ def test_a_seed_that_did_not_train_is_named(
     ]
 
 
+def test_all_seeds_that_did_not_train_are_named() -> None:
+    dlrm, dcn = plain_arms()
+    seeds = range(1, 7)
+    paths = [leave_run(dlrm, seed, Path("out"), 2.0) for seed in seeds]
+    paths += [leave_run(dcn, seed, Path("out"), 2.0 if seed == 6 else 0.0) for seed in seeds]
+    runs = [read_run(path) for path in paths]
+    samples = shared_samples(runs, "test")
+    scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
+    said = " ".join(answer(compare(arms_of(runs), scores, title="t", split="test")))
+    assert "DCN did not train with seeds 1, 2, 3, 4 and 5: AUC no better than random; its mean includes them." in said
+
+
 def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

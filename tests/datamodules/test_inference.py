@@ -56,6 +56,8 @@ FEW = [f"v{row * row % 11}" for row in range(N)]
         ("y::a\n1::x\n0::z\n", Form(format="csv", separator="::")),
         ('y,a\n1,"x,""1""\nnew line"\n0,z\n', Form(format="csv")),
         ('y\ta\n1\t"x\n0\tz\n', Form(format="csv", separator="\t", quote=None)),
+        ("y,a\n1,NA\n0,unknown\n1,7\n", Form(format="csv", nulls=("", "NA", "unknown"))),
+        ("y,a,b\n1,NA,x\n0,unknown,unknown\n1,7,z\n", Form(format="csv", nulls=("", "NA"))),
         ("y|a\n1|NULL\n0|7\n1|?\n", Form(format="csv", separator="|", nulls=("", "?", "NULL"))),
         ("y,a\n1,NA\n0,de\n", Form(format="csv")),
         ("0,1\n1,4\n0,5\n", Form(format="csv")),

@@ -52,13 +52,14 @@ def test_dense_layers_equal_autograd(
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("rows", [6, 512])
 @pytest.mark.parametrize("width", [5, 37, 40])
-def test_matrix_crosses_equal_their_equation(width: int) -> None:
+def test_matrix_crosses_equal_their_equation(width: int, rows: int) -> None:
     torch.manual_seed(1)
     layers = MatrixCross(width, 2).double()
     nn.init.normal_(layers.weight)
     nn.init.normal_(layers.bias)
-    start = torch.randn(6, width, dtype=torch.float64, requires_grad=True)
+    start = torch.randn(rows, width, dtype=torch.float64, requires_grad=True)
     plain = start
     for weight, bias in zip(layers.weight, layers.bias, strict=True):
         plain = start * (plain @ weight.t() + bias) + plain
