@@ -92,7 +92,7 @@ class Evaluation(nn.Module):
 class TrainingWindow:
     """Logits and labels of the last ``names.WINDOW_SAMPLES`` training samples of all ranks.
 
-    Each sample is scored with the parameters of its own step. New batches stay on their rank and device until they
+    Each sample is scored in its own step, before the update. New batches stay on their rank and device until they
     are gathered.
     """
 

@@ -32,7 +32,7 @@ _WORDS = {
     "quality": "How well the runs predict clicks. Higher is better for AUC and accuracy, lower for log loss and "
     "normalized entropy; calibration is best at 1.",
     "training": "Whether training is stable: the loss falls. AUC, log loss and accuracy are of the last "
-    f"{names.WINDOW_SAMPLES:,} samples, each scored before its step.",
+    f"{names.WINDOW_SAMPLES:,} samples, each scored in its own step, before the update.",
     "norms": "Whether a norm of gradients or table rows grows without bound. Logged by runs with --log_norms true "
     "only.",
     "speed": "Samples per second, and the share of the time spent waiting for data. Compare times of runs on equal, "
