@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,8 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
     experiments = [path for path in configs if is_experiment(path)]
     if len(experiments) != 1:
         raise UserError(
-            f"{len(experiments)} of the --config files name arms to compare; give one experiment such as figure5.yaml, "
-            "and overlays"
+            f"{len(experiments) or 'none'} of the --config files name arms to compare; give one experiment such as "
+            "figure5.yaml, and overlays"
         )
     experiment = read_experiment(experiments[0], options.seeds)
     overlays = [str(path) for path in configs if path != experiments[0]]
@@ -190,11 +191,11 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
     warnings = check_data(runs, options.force)
     arms = arms_of(runs)
     if len(arms) < 2:
-        raise UserError(
-            f"the runs given ({len(runs)}) are all of one configuration; give runs of at least two to compare"
-        )
+        found = "only one run is given" if len(runs) == 1 else f"the {len(runs)} runs given are of one configuration"
+        raise UserError(f"{found}; give runs of at least two configurations to compare")
+    print("configurations and their runs:")
     for arm in arms:
-        print(f"{arm.name}: {', '.join(run.name for run in arm.runs)}")
+        print(f"  {arm.name}: {', '.join(run.name for run in arm.runs)}")
     commands = [scoring_command(run, options.split, _scores(output, run.name)) for run in runs]
     samples = shared_samples(runs, options.split, options.group)
     if options.dry_run:
@@ -241,10 +242,21 @@ def _report(
     """Compare the scored runs, write the report, print the result, and return the comparison's W&B page."""
     runs = [run for arm in arms for run in arm.runs]
     scores = {run.name: read_scores(_scores(output, run.name), samples[run.final["data_fingerprint"]]) for run in runs}
-    comparison = compare(arms, scores, title=title_of(arms), split=options.split, warnings=warnings)
+    comparison = compare(
+        arms,
+        scores,
+        title=title_of(arms),
+        split=options.split,
+        warnings=warnings,
+        experiment=bool(options.config),
+    )
     anatomies = {arm.name: anatomy(arm.runs[0]) for arm in arms}
-    steps = measure_steps(ranked(comparison), anatomies, output / "operators.json")
-    pictures = draw_all(comparison, anatomies, steps, output / "figures")
+    try:
+        steps = measure_steps(ranked(comparison), anatomies, output / "operators.json")
+        pictures = draw_all(comparison, anatomies, steps, output / "figures")
+    except KeyboardInterrupt:
+        print("interrupted: no report is written; the same command continues", file=sys.stderr)
+        raise
     html, document = output / "report.html", output / "report.json"
     write_report(comparison, pictures, anatomies, steps, html)
     found = {"answer": " ".join(answer(comparison)), **comparison.document()}

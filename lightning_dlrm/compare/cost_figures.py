@@ -51,7 +51,7 @@ class CostDrawing(Drawing):
             figure,
             "cost",
             "Time and memory" if len(shown) > 1 else "Memory",
-            "A mark for each run; bars are medians. Runs at the same time share cores."
+            "A mark for each run; bars are medians."
             + " Grey: times that do not rank the configurations." * (len(shown) > 1 and not comparable)
             + (
                 ""
@@ -85,7 +85,8 @@ class CostDrawing(Drawing):
         amounts = {part: [float(parts.get(part, 0)) for _, parts in dense] for part in large}
         rest = [float(sum(n for part, n in parts.items() if part not in large)) for _, parts in dense]
         if any(rest):
-            amounts["smaller parts"] = rest
+            # Matplotlib leaves a label with an underscore out of the legend.
+            amounts["smaller parts" if max(rest) >= least else "_too small to be seen"] = rest
         labels = [("\n" if self.narrow else ", ").join(members) for members, _ in dense]
         self._stack(right, labels, amounts, "{:,.0f}", "parameters of the dense parts")
         right.xaxis.set_major_formatter(EngFormatter())

@@ -16,7 +16,7 @@ from matplotlib.transforms import ScaledTranslation
 from lightning_dlrm.compare.anatomy import Anatomy, StepTimes
 from lightning_dlrm.compare.cost_figures import CostDrawing
 from lightning_dlrm.compare.drawing import SETTINGS, Drawing, Picture
-from lightning_dlrm.compare.pairs import METRIC_TITLES
+from lightning_dlrm.compare.pairs import METRIC_TITLES, WORDS
 from lightning_dlrm.compare.ranking import is_figure5
 from lightning_dlrm.compare.results import CLICK_RATE_ALONE, Comparison
 from lightning_dlrm.compare.runs import Arm
@@ -260,7 +260,9 @@ class _ResultDrawing(Drawing):
             # The axis includes 0, with room on its other side.
             low, high = axes.get_xlim()
             axes.set_xlim(min(low, -0.3 * high), max(high, -0.3 * low))
-        kinds = {True: "filled: they differ (verdict)", False: "open: no verdict that they differ"}
+        undecided = dict.fromkeys(pair.verdict for pair in comparison.pairs if not pair.decided)
+        kinds = {True: "filled: they differ (verdict)"}
+        kinds[False] = f"open: {', or '.join(WORDS[verdict] for verdict in undecided)}"
         self.legend(
             figure,
             [
@@ -276,14 +278,18 @@ class _ResultDrawing(Drawing):
             "differences",
             "Differences",
             f"Each row is the mean of its first configuration minus that of its second, on the {comparison.split} "
-            "split, with a 95% interval over "
-            + (
-                "the samples only, because each side has one seed; all markers are open, without a verdict."
-                if comparison.one_seed
-                else "seeds and samples (the samples only if a side has one seed). A filled marker: the verdict is "
-                "that the two differ. Verdicts are adjusted for their number by Holm's method; the intervals are not "
-                "adjusted."
-            ),
+            f"split, with a 95% interval over {self._varying()}",
+        )
+
+    def _varying(self) -> str:
+        """Return what the intervals of differences are over, and what the markers mean."""
+        if self.comparison.one_seed:
+            return "the samples only, because each side has one seed; all markers are open, without a verdict."
+        single = [arm.name for arm in self.arms if len(arm.runs) == 1]
+        seeds = f"the seeds of each side that has several ({', '.join(single)}: one)" if single else "the seeds"
+        return (
+            f"{seeds} and over the samples. A filled marker: the verdict is that the two differ. Verdicts are adjusted "
+            "for their number by Holm's method; the intervals are not adjusted."
         )
 
     def results(self) -> Picture:
@@ -370,7 +376,7 @@ class _ResultDrawing(Drawing):
             # One end, if all runs have the same.
             at = " to ".join(f"{end:,.0f}" for end in dict.fromkeys((min(ends), max(ends))))
             begin = f" It is first logged at {at} samples."
-        return f"Training: over the last 65,536 samples, each scored before its step.{begin} {runs}"
+        return f"Training: over the last 65,536 samples, each scored in its own step, before the update.{begin} {runs}"
 
 
 def majority(entropy: float) -> float:

@@ -18,6 +18,14 @@ from lightning_dlrm.compare.statistics import (
 from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.tracking import names
 
+WORDS: Mapping[Verdict, str] = {
+    "a_better": "better",
+    "b_better": "better",
+    "not_distinguishable": "not distinguishable",
+    "none": "none: one seed",
+}
+"""Verdict -> its words on the side with the better mean, in every table."""
+
 METRIC_TITLES: Mapping[Score, str] = {score: names.title_of(score) for score in SCORES}
 
 OTHER_DATA = (
@@ -54,10 +62,23 @@ class Pair:
     @property
     def word(self) -> str:
         """Return the verdict on the winner, for a table."""
-        given = "none: one seed" if self.single else "better" if self.decided else "not distinguishable"
+        given = self._word_of(self.verdict)
         if self.untrained:
             return f"{given} ({' and '.join(self.untrained)} did not train)"
-        return given if self.same_data else f"{given.replace('better', 'differ')} (different data)"
+        return given if self.same_data else f"{given} (different data)"
+
+    @property
+    def unadjusted_word(self) -> str:
+        """Return the verdict on the winner without adjustment, and its p-value; a dash if a side has one seed."""
+        return "-" if self.single else f"{self._word_of(self.unadjusted)}, p {p_text(self.difference.p)}"
+
+    def _word_of(self, verdict: Verdict) -> str:
+        return WORDS[verdict] if self.same_data else WORDS[verdict].replace("better", "differ")
+
+    @property
+    def seed_variance(self) -> float | None:
+        """The part of the variance that comes from the sides with several seeds; None if there is none."""
+        return None if len(self.single) == 2 else self.difference.seed_variance
 
     @property
     def winner(self) -> str:
@@ -91,8 +112,12 @@ class Pair:
     @property
     def headline(self) -> str:
         """Return the verdict in a few words, and which side did not train."""
-        untrained = f", but {' and '.join(self.untrained)} did not train" if self.untrained else ""
-        return f"{self._verdict_words}{untrained}"
+        untrained = f"{' and '.join(self.untrained)} did not train"
+        return (
+            f"{self._verdict_words}{', but ' if self.decided else '; '}{untrained}"
+            if self.untrained
+            else (self._verdict_words)
+        )
 
     @property
     def _verdict_words(self) -> str:
@@ -113,14 +138,7 @@ class Pair:
         word = "higher" if HIGHER_IS_BETTER[self.metric] else "lower"
         span = f"95% interval {interval.low:+.5f} to {interval.high:+.5f}"
         difference = f"{self.winner} minus {self.loser} {interval.value:+.5f}, {span}"
-        if self.single:
-            seeds = "one seed a side" if len(self.single) == 2 else f"one seed of {self.single[0]}"
-            text = (
-                f"{seeds} does not show the variation over seeds, so train more seeds (--seeds); without this "
-                f"variation {difference}"
-            )
-            return text if self.same_data else f"{text}; {OTHER_DATA}"
-        if not self.same_data:
+        if not self.same_data and not self.single:
             return f"{difference}; {OTHER_DATA}"
         if not self.decided:
             return f"{self.reason} ({difference})"
@@ -169,10 +187,8 @@ def make_pair(
     given: Verdict = "none"
     unadjusted: Verdict = "none"
     if p_adjusted is None:
-        counts = "includes the test samples only" if len(single) == 2 else "leaves its seeds out"
-        reason = (
-            f"one seed of {' and of '.join(single)} does not show the variation over seeds, and the interval {counts}"
-        )
+        of = "the seeds, because each side" if len(single) == 2 else f"the seeds of {single[0]}, because it"
+        reason = f"the interval leaves out the variation over {of} has one seed"
     else:
         given, unadjusted = (verdict(metric, found.interval.value, p) for p in (p_adjusted, found.p))
         share = found.seed_variance / (found.seed_variance + found.sample_variance or 1.0)

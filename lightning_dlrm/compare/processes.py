@@ -225,7 +225,10 @@ class _Progress:
             if not each.waiting:
                 seen, total, phase = job.scored * scored_share(job.log, each.began), job.scored, ": scoring"
                 self._seen[job.name] += seen
-            at.append(f"{job.name}{phase}" + (f" {100 * seen / total:.0f}%" if 0 < total < float("inf") else ""))
+            # A process that starts has no share yet.
+            at.append(
+                f"{job.name}{phase}" + (f" {100 * seen / total:.0f}%" if seen > 0 and total < float("inf") else "")
+            )
         self._bar.set_postfix_str(", ".join([f"{self._finished}/{len(self._jobs)} runs", *at]), False)
         # The time changes even if no sample is new.
         self._bar.update(int(sum(self._seen.values())) - self._bar.n)

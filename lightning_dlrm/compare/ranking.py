@@ -177,9 +177,10 @@ def _untrained(comparison: Comparison) -> tuple[str, str]:
         return "", ""
     limit = ""
     if not comparison.warnings:
-        limit = f", give or take {comparison.scores[comparison.runs[0].name].samples.chance:.4f}"
+        samples = comparison.scores[comparison.runs[0].name].samples
+        limit = f" Here an AUC up to {0.5 + samples.chance:.4f} counts as random: 0.5 plus {samples.chance_words}."
     return " ".join(sentences), (
-        f"Random predictions for these samples have an AUC of 0.5{limit}. Look at the training log loss of "
+        f"Random predictions have an AUC of 0.5 on average.{limit} Look at the training log loss of "
         f"{_joined(found)} in the report: if it stays above that of the click rate alone, train longer or with higher "
         "learning rates; if it rises or jumps, with lower ones."
     )
@@ -207,18 +208,20 @@ def _verdict(comparison: Comparison) -> tuple[str, str]:
     auc, above = _mean_auc(comparison, first), _above(comparison, first, second)
     undecided = [pair for pair in pairs if not (pair.decided or pair.single)]
     single = [pair.loser for pair in pairs if pair.single]
+    more_seeds = _more_seeds(comparison, [arm for arm in arms if len(arm.seeds) < 2])
     lead = ""
     if pairs[0].single and not undecided:
         head = f"No verdict from one seed: {first.name} has the highest AUC, {auc}."
-        lead = f"It is {above}, without the variation over seeds; train more: {_more_seeds(comparison)}."
+        lead = f"{first.name} is {above}; {pairs[0].reason}. {more_seeds}".rstrip()
     elif undecided:
         head = f"No clear winner with {_seeds(comparison)}: {first.name} has the highest AUC, {auc}."
-        lead = f"It is {above}{_undecided_lead(comparison, undecided)}"
+        lead = f"{first.name} is {above}{_undecided_lead(comparison, undecided)}"
         lead += "".join(f" {sentence}." for sentence in _decided(comparison, "auc"))
     else:
         head = f"{first.name} wins: AUC {auc}, {above}, {_seeds(comparison)}."
         if single:
             head += f" With one seed there is no verdict against {_listed(single)}."
+            lead = more_seeds
     return head, " ".join(filter(None, [lead, _by_log_loss(comparison, first, second)]))
 
 
@@ -233,13 +236,11 @@ def _undecided_lead(comparison: Comparison, undecided: Sequence[Pair]) -> str:
         text = ": the two are not distinguishable."
     if excluding:
         leads, intervals = ("lead over", "has an interval") if len(excluding) == 1 else ("leads over", "have intervals")
+        of = f"{'the two are' if len(excluding) == 1 else 'they are'} not distinguishable after adjustment for"
         verdicts = sum(not pair.single for pair in comparison.pairs)
-        text += (
-            f" Its {leads} {_listed(excluding)} {intervals} above 0, but after adjustment for {verdicts} comparisons "
-            "that is not enough for a verdict."
-        )
+        text += f" Its {leads} {_listed(excluding)} {intervals} above 0, but {of} {verdicts} comparisons."
     if undecided[0].difference.mostly_seeds:
-        return f"{text} Most of the uncertainty comes from the seeds; train more: {_more_seeds(comparison)}."
+        return f"{text} Most of the uncertainty comes from the seeds. {_more_seeds(comparison, ranked(comparison))}"
     return (
         f"{text} Most of the uncertainty comes from the test samples: a larger {comparison.split} split makes it "
         "smaller; more seeds hardly do."
@@ -261,11 +262,21 @@ def _decided(comparison: Comparison, metric: Metric, except_pair: Pair | None = 
     ]
 
 
-def _more_seeds(comparison: Comparison) -> str:
-    """Return an experiment's option for at least five seeds, or twice as many as now, the present ones first."""
+def _more_seeds(comparison: Comparison, arms: Sequence[Arm]) -> str:
+    """Return how to train some configurations with more seeds: for an experiment the option for at least five seeds, or
+    twice as many as now, the present ones first. Empty if none of them trained."""
+    arms = [arm for arm in arms if len(comparison.random_runs(arm)) < len(arm.runs)]
+    if not arms:
+        return ""
+    if not comparison.experiment:
+        return (
+            f"Train {_listed([arm.name for arm in arms])} again with other values of seed_everything, and give those "
+            "runs too."
+        )
     present = max((arm.seeds for arm in comparison.arms), key=len)
     more = max(5 - len(present), len(present) if len(present) > 2 else 0)
-    return f"--seeds {','.join(map(str, [*present, *range(max(present) + 1, max(present) + 1 + more)]))}"
+    seeds = [*present, *range(max(present) + 1, max(present) + 1 + more)]
+    return f"Train more seeds: --seeds {','.join(map(str, seeds))}."
 
 
 def _by_log_loss(comparison: Comparison, first: Arm, second: Arm) -> str:

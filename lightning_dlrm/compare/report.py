@@ -17,8 +17,9 @@ from lightning_dlrm.compare.numbers import in_column, p_text
 from lightning_dlrm.compare.pairs import METRIC_TITLES, Pair
 from lightning_dlrm.compare.ranking import answer, behind, distances, pair_of, ranked, with_spread
 from lightning_dlrm.compare.results import CLICK_RATE_ALONE, Comparison, sample_counts
-from lightning_dlrm.compare.runs import Arm, by_data, differing, format_value
-from lightning_dlrm.compare.statistics import Score
+from lightning_dlrm.compare.runs import Arm, by_data
+from lightning_dlrm.compare.settings_tables import differing_rows, settings_of_runs, shared_rows
+from lightning_dlrm.compare.statistics import Metric, Score
 from lightning_dlrm.contracts.terminal import aligned, emphasized, wrapped
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.sparkline import sparkline
@@ -26,6 +27,7 @@ from lightning_dlrm.tracking.wandb_run import ComparisonPage, Table
 
 SPARK_WIDTH = 12
 """Characters of a sparkline, so that the closing table fits into 80 columns."""
+_TERMINAL_WIDTH = 80
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
@@ -47,6 +49,7 @@ def write_report(
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     head, more = answer(comparison)
+    settings = {arm.name: settings_of_runs(arm) for arm in ranked(comparison)}
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         comparison=comparison,
         p_text=p_text,
@@ -65,10 +68,8 @@ def write_report(
         page_width=PAGE_WIDTH,
         operators=_operators(comparison, steps.shown),
         parameters=_parameters(ranked(comparison), anatomies),
-        settings=[
-            ["setting", *(arm.name for arm in ranked(comparison))],
-            *([_short(key), *cells] for key, *cells in _differing(ranked(comparison))),
-        ],
+        settings=[["setting", *settings], *differing_rows(settings)],
+        shared=[["setting", "value"], *shared_rows(settings)],
         runs=_runs(comparison),
     )
     path.write_text(text, encoding="utf-8")
@@ -95,8 +96,8 @@ def _verdict_on(comparison: Comparison, arm: Arm, pair: Pair | None) -> str:
         return "did not train"
     verdict = ""
     if pair is not None:
-        verdict = f"{'worse' if pair.decided else 'no verdict'} (p {p_text(pair.p_adjusted)})"
-        verdict = pair.word if pair.single else verdict
+        verdict = "worse" if pair.decided else pair.word
+        verdict += f" (p {p_text(pair.p_adjusted)})" * (not pair.single)
     failed = f"{random} of {len(arm.runs)} seeds did not train" if random else ""
     return "; ".join(filter(None, [verdict, failed]))
 
@@ -195,26 +196,6 @@ def _operators(comparison: Comparison, operators: Mapping[str, Mapping[str, floa
     ]
 
 
-def _differing(arms: Sequence[Arm] | Sequence[PlannedArm]) -> list[list[str]]:
-    """Return the settings in which configurations differ: full key, then the value of each, as text.
-
-    An argument of a class is left out if all configurations with such a class give it the same value.
-    """
-    rows = []
-    for key, values in differing({arm.name: arm.settings for arm in arms}).items():
-        owner = key.partition(".init_args.")[0] + ".class_path"
-        owners = {arm.settings.get(owner) for arm in arms if arm.name in values}
-        having = [arm for arm in arms if ".init_args." not in key or arm.settings.get(owner) in owners]
-        if len({format_value(values.get(arm.name)) for arm in having}) > 1:
-            rows.append([key, *(format_value(values.get(arm.name)) for arm in arms)])
-    return rows
-
-
-def _short(key: str) -> str:
-    """Return a setting's key as tables show it: table_optimizer.learning_rate."""
-    return key.removeprefix("model.").replace("init_args.", "").replace(".class_path", "")
-
-
 def _runs(comparison: Comparison) -> list[list[str]]:
     rows = [["run", "seed", *_titles(comparison).values(), "samples", "training, s", "folder"]]
     rows += [
@@ -302,12 +283,12 @@ def arms_table(arms: Sequence[PlannedArm], seeds: Sequence[int]) -> str:
         samples = f"{arm.samples:,.0f}" if arm.samples != float("inf") else "unbounded"
         rows.append([arm.name, *counts, *flops, samples])
     differ = []
-    for key, *cells in _differing(arms):
+    for key, *cells in differing_rows({arm.name: arm.settings for arm in arms}):
         by_value: dict[str, list[str]] = {}
         for arm, cell in zip(arms, cells, strict=True):
             by_value.setdefault(cell, []).append(arm.name)
         values = "; ".join(f"{value} in {', '.join(of)}" for value, of in by_value.items() if value != "-")
-        differ.append(f"  {_short(key)}: {values or 'none'}")
+        differ.append(f"  {key}: {values or 'none'}")
     return wrapped(
         [
             *aligned(rows),
@@ -367,15 +348,23 @@ def _differences(comparison: Comparison) -> list[str]:
     lines = []
     for metric in comparison.judged:
         pairs = [pair for pair in comparison.pairs if pair.metric == metric]
-        rows = [[f"difference in {METRIC_TITLES[metric]}", "first - second (95% interval)", "p", "verdict"]]
-        for pair, shown in zip(pairs, distances(pairs), strict=True):
-            word = "untrained" if pair.untrained else "better" if pair.decided else "none"
-            rows.append([f"{pair.winner} - {pair.loser}", shown, p_text(pair.p_adjusted), word])
-        lines += [*aligned(rows, left=(0, 3)), ""]
-    undecided = any(not (pair.decided or pair.untrained) for pair in comparison.pairs)
-    notes = ["verdict none: p is 0.05 or more, even if the interval excludes 0"] * undecided
-    notes += ["verdict untrained: a side did not train"] * any(pair.untrained for pair in comparison.pairs)
-    return lines + notes
+        table = _differences_in(metric, pairs, " - ")
+        if max(map(len, table)) >= _TERMINAL_WIDTH:
+            table = _differences_in(metric, pairs, "\n- ")
+        lines += [*table, ""]
+    return lines
+
+
+def _differences_in(metric: Metric, pairs: Sequence[Pair], minus: str) -> list[str]:
+    """Return a table of the differences by a metric; a line break in ``minus`` makes two lines of a row."""
+    rows = [["difference in", "first - second", "adjusted", ""]]
+    rows.append([METRIC_TITLES[metric], "(95% interval)", "p", "verdict"])
+    for pair, shown in zip(pairs, distances(pairs), strict=True):
+        word = "a side did not train" if pair.untrained else pair.word
+        name, *rest = f"{pair.winner}{minus}{pair.loser}".splitlines()
+        rows.append([name, shown, p_text(pair.p_adjusted), word])
+        rows += [[f"  {line}", "", "", ""] for line in rest]
+    return aligned(rows, left=(0, 3))
 
 
 def _mean_course(arm: Arm, metric: str) -> list[float]:

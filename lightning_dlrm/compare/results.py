@@ -48,6 +48,8 @@ class Comparison:
     """(Configuration, metric) -> mean over the seeds with its interval; None for a single seed."""
     warnings: Sequence[str]
     """Reasons against comparing the runs; empty unless --force was given."""
+    experiment: bool
+    """Whether the runs are those of an experiment, which can train more seeds."""
 
     @property
     def metrics(self) -> list[Score]:
@@ -185,7 +187,7 @@ class Comparison:
                 "verdict_unadjusted": pair.unadjusted,
                 "reason": pair.reason,
                 "did_not_train": list(pair.untrained),
-                "seed_variance": None if pair.single else pair.difference.seed_variance,
+                "seed_variance": pair.seed_variance,
                 "sample_variance": pair.difference.sample_variance,
                 "degrees_of_freedom": (
                     pair.difference.degrees_of_freedom if np.isfinite(pair.difference.degrees_of_freedom) else None
@@ -239,9 +241,15 @@ def check_data(runs: Sequence[Run], force: bool) -> list[str]:
 
 
 def compare(
-    arms: Sequence[Arm], scores: Mapping[str, Scores], *, title: str, split: Split, warnings: Sequence[str] = ()
+    arms: Sequence[Arm],
+    scores: Mapping[str, Scores],
+    *,
+    title: str,
+    split: Split,
+    warnings: Sequence[str] = (),
+    experiment: bool = False,
 ) -> Comparison:
-    """Compare every two configurations under every metric.
+    """Compare every two configurations under every metric: see ``Comparison`` for the arguments.
 
     Raises:
         UserError: there are fewer than two configurations.
@@ -286,6 +294,7 @@ def compare(
         pairs=pairs,
         intervals=intervals,
         warnings=list(warnings),
+        experiment=experiment,
     )
 
 

@@ -44,6 +44,13 @@ class Samples:
         clicks = int(np.sum(self.labels > 0))
         return min(3 * chance_deviation(clicks, len(self.labels) - clicks), MOST_CHANCE)
 
+    @property
+    def chance_words(self) -> str:
+        """Return what ``chance`` is."""
+        if self.chance == MOST_CHANCE:
+            return f"{MOST_CHANCE}, the most that counts as random"
+        return "3 standard deviations of the AUC of random predictions"
+
     @cached_property
     def of_click_rate(self) -> dict[str, float]:
         """Metrics of predicting the click rate for every sample: see ``click_metrics``; empty if it is not known."""

@@ -24,6 +24,7 @@ import wandb
 import yaml
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from scipy import stats
 
 from datamodules.criteo import Criteo
 from datamodules.generate.demo import DemoSettings
@@ -184,7 +185,7 @@ def test_a_wrong_experiment_is_one_line(changes: Any, message: str, capsys: pyte
         (["a", "--outptu", "out"], "unknown option --outptu"),
         (["a", "b", "--output", "out"], "error: there is no folder a: give a run folder"),
         (["a", "b", "--output", "out", "--seeds", "1,2"], "--seeds without --config: it is for the runs of an experi"),
-        (["--config", "small.yaml", "--output", "out"], "0 of the --config files name arms"),
+        (["--config", "small.yaml", "--output", "out"], "none of the --config files name arms"),
         (
             ["--config", "tiny.yaml", "--output", "out", "--data.pth", "x"],
             "unknown key data.pth; did you mean data.path?",
@@ -216,7 +217,7 @@ def test_a_dry_run_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     paths = [leave_run(arm, 1, Path("kept"), 1.0) for arm in plain_arms()]
     scored = ["--output", "kept", "--dry-run"]
     assert main(["compare", *map(str, paths), *scored]) == 0
-    assert capsys.readouterr().out == "DLRM: dlrm-1\nDCN: dcn-1\n"
+    assert capsys.readouterr().out == "configurations and their runs:\n  DLRM: dlrm-1\n  DCN: dcn-1\n"
     # Without --output there are no scores yet.
     assert "no checkpoints/best to score" in error_of(capsys, *map(str, paths), "--dry-run")
     assert sorted(Path().iterdir()) == sorted([*before, *paths, Path("kept"), Path("over.yaml")])
@@ -354,13 +355,16 @@ def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys
     assert [(pair["verdict"], pair["p_adjusted"], pair["seed_variance"]) for pair in pairs] == [
         ("none", None, None)
     ] * 2
-    assert all("one seed of DLRM and of DCN" in pair["reason"] for pair in pairs)
+    reason = "the interval leaves out the variation over the seeds, because each side has one seed"
+    assert all(pair["reason"] == reason for pair in pairs)
     said, html = capsys.readouterr().out, " ".join(Path("out/report.html").read_text().split())
     for text in (said, html):
-        assert "no verdict on DLRM and DCN by AUC: one" in text.replace("<strong>", "").replace("</strong>", "")
+        assert f"no verdict on DLRM and DCN by AUC: {reason} (" in text.replace("<strong>", "").replace("</strong>", "")
         assert "No verdict from one seed: DLRM has the highest AUC" in text
-        assert "one seed a side does not show the variation over seeds, so train more seeds (--seeds)" in text
-        assert "not distinguishable" not in text and "over the seeds" not in text
+        # Finished runs have no option --seeds.
+        assert "Train DLRM and DCN again with other values of seed_everything, and give those runs too." in text
+        assert "--seeds" not in text
+        assert "not distinguishable" not in text and "means over the seeds" not in text.lower()
     assert "one seed each, on the test split" in said and "includes the variation" not in html
     assert all(pair["low"] > 0 or pair["high"] < 0 for pair in pairs), "the samples alone would have decided"
 
@@ -378,13 +382,15 @@ def test_a_configuration_that_did_not_train_is_no_side_of_a_comparison(
     head = r"DCN did not train: its AUC of 0\.\d{4} is no better than random\. This is not a comparison of models\. "
     for text in (" ".join(said.split()), document["answer"], html.replace("</strong></p> <p>", " ")):
         assert re.search(
-            head + r"Random predictions for these samples have an AUC of 0\.5, give or take 0\.\d{4}\. ", text
+            head
+            + r"Random predictions have an AUC of 0\.5 on average\. Here an AUC up to 0\.5\d{3} counts as random: ",
+            text,
         )
         assert "Look at the training log loss of DCN in the report" in text and "wins" not in text
     assert html.count(">click rate alone</td>") == 2 and said.count("\nclick rate alone ") == 1
     assert 'data-name="verdict">did not train</td>' in html
-    assert "by AUC, but DCN did not train" in html and "verdict untrained: a side did not train" in said
-    assert len(re.findall(r"^DLRM - DCN .* untrained$", said, re.MULTILINE)) == 2
+    assert "DCN did not train</strong>" in html and "seed_everything" not in said
+    assert len(re.findall(r"^DLRM - DCN .*  a side did not train$", said, re.MULTILINE)) == 2
     assert [pair["did_not_train"] for pair in document["pairs"]] == [["DCN"], ["DCN"]]
     assert [arm["seeds_no_better_than_random"] for arm in document["arms"]] == [[], [1, 2]]
     # The click rate is that of the training samples.
@@ -443,12 +449,17 @@ def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
     said = " ".join(capsys.readouterr().out.split())
     assert "No verdict from one seed" not in said
     assert re.search(r"dlrm-1 wins: AUC 0\.\d+, 0\.\d+ above dcn-1 \(95% interval [^)]*\), 1 to 3 seeds\. ", said), said
-    assert "With one seed there is no verdict against wider-1. By log loss dlrm-1 is better than dcn-1 too" in said
+    advice = "Train wider-1 again with other values of seed_everything, and give those runs too."
+    assert (
+        f"With one seed there is no verdict against wider-1. {advice} By log loss dlrm-1 is better than dcn-1 too"
+        in said
+    )
     # With verdicts for all, the differences are a table that fits a terminal.
     paths += [leave_run(third, seed, Path("out"), 0.5) for seed in (2, 3)]
     assert main(["compare", *map(str, paths), "--output", "out"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    at = next(at for at, line in enumerate(lines) if line.startswith("difference in AUC "))
+    at = next(at for at, line in enumerate(lines) if line.startswith("AUC ") and line.endswith("verdict"))
+    assert "adjusted" in lines[at - 1] and lines[at].endswith("  p  verdict")
     # In the order of the ranking.
     pairs = [re.match(r"(\S+) - (\S+)  +0\.\d+ \(", line) for line in lines[at + 1 : at + 4]]
     assert [pair and pair.groups() for pair in pairs] == [
@@ -495,7 +506,7 @@ def test_auc_by_group_is_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert f"AUC by group: mean over {expected['groups']} groups with both labels" in text
     of_groups = document["pairs"][-1]
     assert of_groups["metric"] == "group_auc" and re.search(
-        r"^difference in AUC by group .*\n.* none$", said, re.MULTILINE
+        r"^AUC by group .*\n.*  not distinguishable$", said, re.MULTILINE
     )
     assert of_groups["low"] < of_groups["difference"] < of_groups["high"]
     assert "<h1>DLRM and DCN, generated own data (protocol own)</h1>" in html and ": own data, generated clicks" in said
@@ -529,17 +540,58 @@ def test_groups_are_counted_for_each_data_set() -> None:
     assert f"({counts[0]}" in note and f") for DLRM; {counts[1]}" in note and note.endswith(") for DCN)")
 
 
-def test_one_seed_on_one_side_is_named() -> None:
+def test_one_seed_on_one_side_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     dlrm, dcn = plain_arms()
     runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm, seed in ((dlrm, 1), (dlrm, 2), (dcn, 1))]
     (samples,) = shared_samples(runs, "test").values()
     scores = {run.name: read_scores(Path("out/scores") / run.name, samples) for run in runs}
-    for pair in compare(arms_of(runs), scores, title="t", split="test").pairs:
-        assert pair.verdict == "none" and pair.reason.endswith("the interval leaves its seeds out")
-        assert (
-            "by AUC: one seed of DCN does not show" in pair.sentence.replace("log loss", "AUC")
-            and pair.word == "none: one seed"
-        )
+    comparison = compare(arms_of(runs), scores, title="t", split="test")
+    for pair in comparison.pairs:
+        assert pair.verdict == "none" and pair.word == "none: one seed" and pair.unadjusted_word == "-"
+        assert pair.reason.endswith("the variation over the seeds of DCN, because it has one seed")
+        # What the interval is made of can be read: the seeds of the other side, and the samples.
+        metric: Any = pair.metric
+        of_dlrm = [scores[f"dlrm-{seed}"].metrics[metric] for seed in (1, 2)]
+        assert pair.seed_variance == pytest.approx(np.var(of_dlrm, ddof=1) / 2)
+    (document, *_) = comparison.document()["pairs"]
+    t, z = stats.t.ppf(0.975, document["degrees_of_freedom"]), stats.norm.ppf(0.975)
+    reach = np.hypot(t * document["seed_variance"] ** 0.5, z * document["sample_variance"] ** 0.5)
+    assert document["high"] - document["difference"] == pytest.approx(reach)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(DOT))
+    parts = {arm.name: anatomy(arm.runs[0]) for arm in comparison.arms}
+    (caption,) = (p.caption for p in draw_all(comparison, parts, NO_STEPS, Path("f")) if p.name == "differences")
+    assert "interval over the seeds of each side that has several (DCN: one) and over the samples." in caption
+    experiment = dataclasses.replace(comparison, experiment=True)
+    for of, advice in ((comparison, "other values of seed_everything"), (experiment, "--seeds 1,2,3,4,5")):
+        assert advice in answer(of)[1]
+
+
+def test_a_verdict_has_the_same_words_everywhere() -> None:
+    dlrm, dcn = plain_arms()
+    runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm in (dlrm, dcn) for seed in (1, 2)]
+    (samples,) = shared_samples(runs, "test").values()
+    scores = {run.name: read_scores(Path("out/scores") / run.name, samples) for run in runs}
+    found = compare(arms_of(runs), scores, title="t", split="test")
+    pairs = [
+        dataclasses.replace(pair, verdict="not_distinguishable", unadjusted="not_distinguishable", p_adjusted=0.5)
+        for pair in found.pairs
+    ]
+    found = dataclasses.replace(found, pairs=pairs)
+    words = report.closing_words(found, Path("out"))
+    assert len(re.findall(r"0\.5000  not distinguishable$", words, re.MULTILINE)) == 2 and "none" not in words
+    report.write_report(found, [], {arm.name: anatomy(arm.runs[0]) for arm in found.arms}, NO_STEPS, Path("r.html"))
+    html = Path("r.html").read_text()
+    assert 'data-name="verdict">not distinguishable (p 0.5000)</td>' in html
+    assert html.count("<td>not distinguishable</td><td>not distinguishable, p ") == 2
+    assert "no verdict" not in html and "none: one seed" not in html
+    # The settings that both share, and the arguments that only one network has.
+    for name, value in (
+        ("data.batch_size", "200"), ("steps", "10"), ("trainer.precision", "32-true"), ("schedule", "none"),
+        ("table_optimizer.learning_rate", "1.0"), ("network.embedding_dim", "4"),
+    ):  # fmt: skip
+        assert f'data-name="setting">{name}</td><td data-name="value">{value}</td>' in html
+    assert re.search(r'"setting">network\.deep</td><td data-name="D\w+"[^>]*>[-4]</td><td data-name="D\w+"', html)
+    assert 'network.dropout</td><td data-name="DLRM' not in html
 
 
 def test_datasets_of_two_protocols_are_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
@@ -640,7 +692,7 @@ def test_what_is_missing_in_a_run_is_named(capsys: pytest.CaptureFixture[str]) -
     (one / "metrics.jsonl").write_text("")
     (Path("out/scores") / two.name / "source.json").unlink()
     assert "dcn-1 has no checkpoints/best to score" in error_of(capsys, *arguments)
-    assert "all of one configuration" in error_of(capsys, str(one), "--output", "out")
+    assert "only one run is given; give runs of at" in error_of(capsys, str(one), "--output", "out")
     assert "given twice" in error_of(capsys, str(one), str(one), "--output", "out")
 
 
@@ -712,11 +764,11 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
     head, more = answer(dataclasses.replace(comparison, pairs=pairs))
     assert re.fullmatch(r"No clear winner with 2 seeds each: \w+ has the highest AUC, 0\.\d{4}\.", head)
     assert (
-        "has an interval above 0, but after adjustment for 2 comparisons that is not enough for a verdict. "
+        "has an interval above 0, but the two are not distinguishable after adjustment for 2 comparisons. "
         "Most of the uncertainty comes from the "
     ) in more
     # What gives a verdict depends on where the uncertainty comes from.
-    for seeds, remedy in ((1.0, "the seeds; train more: --seeds 1,2,3,4,5."), (0.0, "the test samples: a larger test")):
+    for seeds, remedy in ((1.0, "the seeds. Train D"), (0.0, "the test samples: a larger test")):
         differences = [dataclasses.replace(p.difference, seed_variance=seeds, sample_variance=0.5) for p in pairs]
         both = [dataclasses.replace(p, difference=d) for p, d in zip(pairs, differences, strict=True)]
         assert remedy in answer(dataclasses.replace(comparison, pairs=both))[1]
@@ -1078,7 +1130,12 @@ def test_the_bar_is_full_when_all_is_scored(tmp_path: Path) -> None:
         (tmp_path / "a/metrics.jsonl").write_text('{"step": 4, "samples": 100}\n')
         running.waiting.clear()
         progress.show([running])
-        assert "0/1 runs, a: scoring 0%" in str(progress._bar) and " 62%" in str(progress._bar)
+        assert (
+            str(progress._bar).endswith("0/1 runs, a: scoring")
+            and " 62%" in str(progress._bar)
+            and "a: scoring" in str(progress._bar)
+            and " 62%" in str(progress._bar)
+        )
         log.write(b"predict  50%|# | batches 1/2 00:10<00:10\n")
         log.flush()
         progress.show([running])
