@@ -90,7 +90,7 @@ class _ResultDrawing(Drawing):
                 panel.set_ylabel("accuracy")
             if not self.narrow or panel is axes[-1]:
                 panel.set_xlabel("samples seen")
-        self.legend(figure, [*self.marks(fillstyle=self._fill), *self._splits(), *answer])
+        self.legend(figure, [*self.marks(fillstyle=self._fill, **self._points), *self._splits(), *answer])
         paper = is_figure5(self.comparison.arms)
         return self.save(
             figure,
@@ -123,7 +123,10 @@ class _ResultDrawing(Drawing):
             row[0].set_ylabel(f"{of}{title}")
         for axes, (_, label) in zip(grid[-1], abscissae, strict=True):
             axes.set_xlabel(label)
-        self.legend(figure, [*self.marks(fillstyle=self._fill), *(self._splits() if self._one_validation else [])])
+        self.legend(
+            figure,
+            [*self.marks(fillstyle=self._fill, **self._points), *(self._splits() if self._one_validation else [])],
+        )
         timed = "Time on an x-axis is that of training, without validations and checkpoints. "
         return self.save(
             figure,
@@ -148,11 +151,21 @@ class _ResultDrawing(Drawing):
         """How markers of validations are filled: open marks show what is behind them."""
         return "none" if self._one_validation else "full"
 
+    @property
+    def _points(self) -> dict[str, Any]:
+        """How legends look if no run has several logged steps, so that figures have points alone; else empty."""
+        courses = [
+            run.curve(names.SAMPLES, f"{names.TRAIN}/auc", self._first)[0] if self._one_validation else [0.0, 0.0]
+            for run in self.comparison.runs
+        ]
+        return {"linestyle": "none"} if all(len(course) < 2 for course in courses) else {}
+
     def _splits(self) -> list[Artist]:
         """Return how training and validation look in a common panel, for a legend."""
+        training = self._points | {"marker": "."} if self._points else {}
         look: dict[str, Any] = {"linestyle": "none" if self._one_validation else "-", "fillstyle": self._fill}
         return [
-            Line2D([], [], color="0.4", linewidth=_THIN, label="training"),
+            Line2D([], [], color="0.4", linewidth=_THIN, label="training", **training),
             Line2D([], [], color="0.4", marker="o", markersize=_MARK, label="validation", **look),
         ]
 

@@ -48,7 +48,7 @@ class Samples:
     def chance_words(self) -> str:
         """Return what ``chance`` is."""
         if self.chance == MOST_CHANCE:
-            return f"{MOST_CHANCE}, the most that counts as random"
+            return f"{MOST_CHANCE}, the largest margin"
         return "3 standard deviations of the AUC of random predictions"
 
     @cached_property

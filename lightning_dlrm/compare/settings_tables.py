@@ -56,7 +56,8 @@ def shared_rows(settings: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         [short(key), format_value(value)]
         for section in _SHARED
         for key, value in next(iter(settings.values())).items()
-        if within(key, [section]) and key not in found
+        # What is off is left out.
+        if within(key, [section]) and key not in found and value is not None and value is not False
     ]
 
 

@@ -923,6 +923,9 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
         assert (pair.interval.value > 0) == (right == "DCN better →") == (left == "← DLRM better")
         assert {text.xy[0] for text in axes.texts} == {0}
     assert all(axes.get_xlim()[0] == 0 for axes in drawn["auc"].axes)
+    # A run of one logged step has points, and so has the legend.
+    (legend,) = drawn["auc"].legends
+    assert {line.get_linestyle() for line in legend.get_lines()} == {"None"}
     for axes in drawn["auc"].axes:
         # One validation a run: marks of one size beside each other, in the panel of the training samples.
         marks = [line for line in axes.lines if line.get_fillstyle() == "none" and line.get_marker() not in ("", ".")]
