@@ -1,5 +1,6 @@
 """A check of custom networks, for their authors' own tests."""
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from lightning_dlrm.models.network import CTRNetwork, fault_of_logits
 
 FEATURES = Features(dense=3, tables={"C1": 5, "C2": 40, "C3": 2})
 SAMPLES = 6
+_SEEDS = 10
+"""Networks of which each logit is looked at; half of the networks have a negative bias."""
 
 MakeNetwork = Callable[[Features, int], CTRNetwork]
 
@@ -37,6 +40,9 @@ def check_network(make_network: MakeNetwork, features: Features = FEATURES) -> N
 
 
 def _problems(make_network: MakeNetwork, features: Features) -> Iterator[str]:
+    if inspect.isclass(make_network) and CTRNetwork not in inspect.getmro(make_network):
+        yield f"{make_network.__name__} is not a subclass of CTRNetwork; derive your class from CTRNetwork"
+        return
     try:
         network = make_network(features, 1)
     except Exception as error:
@@ -58,13 +64,19 @@ def _problems(make_network: MakeNetwork, features: Features) -> Iterator[str]:
         if fault is not None and (words := re.sub(r"\d+", "", fault)) not in listed:
             listed.add(words)
             hint = "; a rank's slice of a batch may be empty" if kind == "no samples" else ""
-            yield f"forward(dense, ids) of a batch with {kind} {fault}{hint}"
+            method = "score" if type(network).forward is CTRNetwork.forward else "forward"
+            yield f"{method} of a batch with {kind} {fault}{hint}"
     dense_BI, ids = batches["one id per column"]
     if _forward_fault(network, dense_BI, ids) is None:
-        checks = {"one sample": _sample_problems, "training": _gradient_problems, "score": _score_problems}
-        for what, check in checks.items():
+        checks = {
+            "one sample": _sample_problems(network, dense_BI, ids),
+            "training": _gradient_problems(network, dense_BI, ids),
+            "score": _score_problems(network, dense_BI, ids),
+            "signs": _sign_problems(make_network, features),
+        }
+        for what, problems in checks.items():
             try:
-                yield from check(network, dense_BI, ids)
+                yield from problems
             except Exception as error:
                 yield f"the check of {what} raises {_short(error)}"
 
@@ -122,6 +134,21 @@ def _sample_problems(network: CTRNetwork, dense_BI: Tensor, ids: SparseIds) -> I
     alone = network(dense_BI[:1], SparseIds(values=ids.values[:1], tables=ids.tables))
     if not torch.allclose(alone, logits_B[:1], rtol=1e-4, atol=1e-6):
         yield "a sample's logit depends on the other samples of its batch in evaluation mode"
+
+
+def _sign_problems(make_network: MakeNetwork, features: Features) -> Iterator[str]:
+    """Whether some logit is below 0. Networks whose every logit is 0, such as a logistic regression, pass."""
+    dense_BI, ids = _one_hot(features, 64)
+    dense_BI = 4 * dense_BI - 2
+    most = 0.0
+    with torch.no_grad():
+        for seed in range(_SEEDS):
+            logits_B = make_network(features, seed).eval()(dense_BI, ids)
+            if (logits_B < 0).any():
+                return
+            most = max(most, logits_B.max().item())
+    if most > 0:
+        yield "no logit is below 0: does the last layer end in a ReLU? Write MLP(..., linear_output=True)"
 
 
 def _gradient_problems(network: CTRNetwork, dense_BI: Tensor, ids: SparseIds) -> Iterator[str]:

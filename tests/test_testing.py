@@ -137,6 +137,23 @@ class OtherForward(Own):
         return 2 * super().forward(dense_BI, ids)
 
 
+class EndsInReLU(Own):
+    def __init__(self, features: Features, seed: int) -> None:
+        super().__init__(features, seed)
+        self.top = MLP([4 * len(features.tables) + features.dense, 8, 1])
+        initialize(self, seed)
+
+
+class WrongKey(Own):
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        return vectors["tables"].sum(1)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+
+
 class OneIdOnly(Own):
     def lookup(self, ids: SparseIds) -> dict[str, Tensor]:
         values_BF = ids.values[:, : ids.tables]
@@ -162,6 +179,9 @@ def test_a_network_with_forward_alone() -> None:
         (lambda features, seed: nn.Linear(1, 1), "returns a Linear; derive it from CTRNetwork"),
         (lambda features: Own(features, 1), "cannot be made: make_network.features, seed. raises TypeError"),
         (CTRNetwork, "cannot be made|defines neither score nor forward"),
+        (Plain, "- Plain is not a subclass of CTRNetwork; derive your class from CTRNetwork"),
+        (EndsInReLU, "no logit is below 0: does the last layer end in a ReLU"),
+        (WrongKey, "score of a batch .* no key 'tables'; the keys of vectors are embeddings .*in score"),
         (KeepsNaN, "missing dense values are NaN"),
         (WrongShape, r"returns shape \(6, 1\); expected one logit for each sample, \(6,\)"),
         (Nothing, "returns None; expected one logit for each sample"),
@@ -181,5 +201,5 @@ def test_each_mistake_is_named(make: Callable[[Features, int], CTRNetwork], word
     with pytest.raises(UserError, match=words) as found:
         check_network(make)
     # One fault is listed once, whatever batch has it.
-    if make in (WrongShape, Nothing, Labelled, KeepsNaN):
+    if make in (WrongShape, Nothing, Labelled, KeepsNaN, EndsInReLU, WrongKey, Plain):
         assert ": 1 problem\n" in str(found.value)

@@ -144,7 +144,9 @@ def _explain_import(key: str, message: str) -> str | None:
     if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         classes = [name for name, _ in inspect.getmembers(sys.modules.get(match[1]), inspect.isclass)]
         suggestion = nearest(match[2], classes).replace("you mean ", f"you mean {match[1]}.")
-        return f"{key}: there is no {match[1]}.{match[2]}{suggestion}"
+        own = [name for name in classes if getattr(sys.modules[match[1]], name).__module__ == match[1]]
+        known = f"; its classes are {listed(own)}" if own and not suggestion else ""
+        return f"{key}: there is no {match[1]}.{match[2]}{suggestion or known}"
     if match := re.search(r"No module named '([\w.]+)'", message):
         return f"{key}: there is no module {match[1]}, neither installed nor in the current folder"
     return None

@@ -81,8 +81,8 @@ class Evaluation(nn.Module):
         ranks = Ranks()
         samples, clicks = np.sum(ranks.all_gather(np.array(here)), axis=0).tolist()
         if ranks.rank == 0:
-            auc, large = results[f"{self.stage}/auc"], schema.large_numbers
-            warn_of_chance(auc, clicks, samples, batch_size, learning_rates, large)
+            auc, log_loss = results[f"{self.stage}/auc"], results[f"{self.stage}/log_loss"]
+            warn_of_chance(auc, clicks, samples, batch_size, learning_rates, schema.large_numbers, log_loss)
 
     def reset(self) -> None:
         """Forget every batch."""

@@ -167,7 +167,13 @@ def refuse_bad_state(network: CTRNetwork, optimizer: CTROptimizer | None, step: 
 
 
 def warn_of_chance(
-    auc: float, clicks: int, samples: int, batch_size: int, rates: Mapping[str, float], large_numbers: str = ""
+    auc: float,
+    clicks: int,
+    samples: int,
+    batch_size: int,
+    rates: Mapping[str, float],
+    large_numbers: str = "",
+    log_loss: float = math.nan,
 ) -> bool:
     """Log a warning if the AUC of a validation is within the noise of random predictions.
 
@@ -178,6 +184,7 @@ def warn_of_chance(
         batch_size: batch size of training.
         rates: learning rates by group.
         large_numbers: dense columns with large numbers, see ``DatasetSchema.large_numbers``.
+        log_loss: log loss of the validation.
 
     Returns:
         Whether a warning was logged.
@@ -189,11 +196,14 @@ def warn_of_chance(
     if abs(auc - 0.5) > 3 * noise:
         return False
     large = f"large numbers in {large_numbers}: {_SCALE}; " if large_numbers else ""
+    zero = ""
+    if abs(log_loss - math.log(2)) < 0.001:
+        zero = "; or all logits are about 0, because the last layer ends in a ReLU (see linear_output of MLP)"
     listed = " and ".join(f"{rate:g} for {group}" for group, rate in rates.items())
     log.warning(
         "validation AUC is %.4f, no better than random predictions (0.5 give or take %.4f with %s samples). Likely "
         "causes: %stoo few steps, or learning rates (%s) that do not suit batches of %s: try ten times the rates if "
-        "the loss hardly changed, else a tenth",
-        *(auc, 3 * noise, f"{samples:,}", large, listed, f"{batch_size:,}"),
+        "the loss hardly changed, else a tenth%s",
+        *(auc, 3 * noise, f"{samples:,}", large, listed, f"{batch_size:,}", zero),
     )
     return True

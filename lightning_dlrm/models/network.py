@@ -55,7 +55,13 @@ class CTRNetwork(nn.Module):
             dense_BI: dense features; NaN if a value is missing.
             ids: ids of every table.
         """
-        return self.score(dense_BI, self.lookup(ids))
+        vectors = self.lookup(ids)
+        try:
+            return self.score(dense_BI, vectors)
+        except KeyError as error:
+            # str of a KeyError has quotes around the whole message.
+            words = f"no key {error}; the keys of vectors are {', '.join(vectors) or 'none'}"
+            raise LookupError(words).with_traceback(error.__traceback__) from None
 
     def lookup(self, ids: SparseIds) -> dict[str, Tensor]:
         """Return the tables' vectors of a batch: name of the child that owns the tables -> tensor [B, ...]."""

@@ -233,7 +233,7 @@ def test_trust_is_never_read_from_a_file() -> None:
 def test_classes_that_do_not_exist_are_not_called_unfit() -> None:
     Path("own.py").write_text("class Foo: pass")
     for key in ("model.network", "model.loss", "model.schedule", "model.table_optimizer", "data", "trainer.logger"):
-        assert refused(f"--{key}=own.Nope") == f"{key}: there is no own.Nope"
+        assert refused(f"--{key}=own.Nope") == f"{key}: there is no own.Nope; its classes are Foo"
         assert (
             refused(f"--{key}=torch.optim.Adagard")
             == f"{key}: there is no torch.optim.Adagard; did you mean torch.optim.Adagrad?"
