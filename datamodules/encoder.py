@@ -72,7 +72,7 @@ class RowEncoder:
         require(twice is None, f"the table has two columns {twice!r}; rename one of the two")
         sources = log.sources(names)
         named = {name: given.column(name) for name in names if name in sources}
-        log.check_columns(list(named), "the table", labelled=False)
+        replace(log, rest="leave").check_columns(names, "the table", labelled=False)
         try:
             found = staged_columns(log, pa.table(named), list(named), labelled=False, splits=False, nulls=log.nulls)
             staged = StagedRows(segment_of([found])[0])

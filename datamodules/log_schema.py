@@ -348,7 +348,7 @@ def read_log_schema(path: str | Path) -> LogSchema:
         beside = [name for name in yaml_files_beside(path) if _is_schema(Path(name))]
         known = [*beside, *(name for name in shipped_names() if name.startswith(SCHEMAS))]
         what = f"{path} is a folder, not a schema" if Path(path).is_dir() else f"no schema {path} here"
-        hint = nearest(str(path), known) or f"; schemas here and shipped are {listed(known, most=40)};"
+        hint = nearest(str(path), known, cutoff=0.8) or f"; schemas here and shipped are {listed(known, most=40)};"
         raise UserError(f"{what}{hint} 'preprocess --infer' writes one")
     return log_schema(read_yaml(found, _EXPECTED), str(path))
 

@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,7 +58,7 @@ then:
 
 _TRACE_DESCRIPTION = """\
 Write a dataset folder whose columns access the rows of their tables in an order like that of real columns: with the
-same hit rates in an LRU cache of any size, and as many distinct rows. The command measures and prints how similar they
+same hit rates in an LRU cache of any size, and as many unique rows. The command measures and prints how similar they
 are. A saved profile generates accesses later, without the data. docs/generated-data.md says what is not reproduced.
 Needs: pip install 'lightning-dlrm[trace]'
 
@@ -366,8 +367,8 @@ def _run_trace(args: argparse.Namespace) -> int:
         save_profiles(profiles, args.profile)
         print(f"profiles of {', '.join(source.tables)} are in {args.profile}")
     if args.output is not None:
-        _make(args.output, lambda: generate_trace(source, settings, args.output, profiles=profiles), _shape)
-        _report_fit(profiles, args.output, args.plot)
+        make = partial(generate_trace, source, settings, args.output, profiles=profiles)
+        _make(args.output, make, _shape, partial(_report_fit, profiles, args.output, args.plot))
     return 0
 
 
@@ -377,20 +378,26 @@ def _report_fit(originals: list[Profile], folder: Path, plot: Path | None) -> No
     for original, copy in zip(originals, generated, strict=True):
         if copy.accesses > original.accesses and original.distinct < original.rows:
             print(
-                f"{original.column}: after the original's {original.accesses:,} accesses, the distinct rows grow as "
+                f"{original.column}: after the original's {original.accesses:,} accesses, the unique rows grow as "
                 f"the accesses to the power of {original.growth:.2f}, up to the {original.rows:,} rows of the table: "
-                f"{copy.distinct:,} distinct rows after {copy.accesses:,} accesses"
+                f"{copy.distinct:,} unique rows after {copy.accesses:,} accesses"
             )
     if plot is not None:
         plot_fits(originals, generated, plot)
         print(f"the fit is drawn in {plot}")
 
 
-def _make(output: Path, generate: Callable[[], DatasetSchema], summarize: Callable[[DatasetSchema], str]) -> int:
+def _make(
+    output: Path,
+    generate: Callable[[], DatasetSchema],
+    summarize: Callable[[DatasetSchema], str],
+    report: Callable[[], None] = lambda: None,
+) -> int:
     start = time.perf_counter()
     schema = generate()
     print(summarize(schema))
     print(f"{output} is ready after {time.perf_counter() - start:.1f} s")
+    report()
     if "train" in schema.splits:
         command = command_line("fit", "--config", "dlrm.yaml", "--data.path", str(output))
         print(command_after("train on it:", command))
@@ -398,10 +405,10 @@ def _make(output: Path, generate: Callable[[], DatasetSchema], summarize: Callab
 
 
 def _shape(schema: DatasetSchema) -> str:
-    features = schema.features
     rows = ", ".join(counted(split.rows, f"{name} row") for name, split in schema.splits.items())
-    tables = f"{counted(len(features.tables), 'table')} with {counted(sum(features.table_rows), 'row')}"
-    return f"{rows}; {counted(features.dense, 'dense feature')}, {tables}"
+    tables, table_rows = len(schema.features.tables), sum(schema.features.table_rows)
+    dense = counted(schema.features.dense, "dense feature")
+    return wrapped([f"{rows}; {dense}, {counted(tables, 'table')} with {counted(table_rows, 'row')}"])
 
 
 def _run_tsv(args: argparse.Namespace) -> int:

@@ -252,9 +252,9 @@ def render_fits(fits: Sequence[Fit]) -> str:
         for fit in fits
         for line in (
             f"{fit.column}: {fit.accesses:,} accesses; original / generated",
-            f"  distinct rows     {fit.distinct[0]:>13,} / {fit.distinct[1]:,}",
-            f"  stack distances   largest difference of the distribution functions {fit.distance_error:.2%};",
-            f"                    {fit.variation:.2%} in other octaves (total variation)",
+            f"  unique rows       {fit.distinct[0]:>13,} / {fit.distinct[1]:,}",
+            f"  stack distances   LRU hit rates differ by at most {fit.distance_error:.2%} at any cache size;",
+            f"                    {fit.variation:.2%} of the distances are in another range 2^n to 2^(n+1)",
             *(
                 f"  LRU hit rate      {first:>13.2%} / {second:.2%} with {counted(rows, 'row')}"
                 for rows, first, second in fit.caches

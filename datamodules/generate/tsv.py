@@ -188,8 +188,16 @@ def generate_tsv(settings: TsvSettings, outputs: Sequence[Path], progress: bool 
         print(estimate, file=sys.stderr)
     sizes = []
     with tqdm(
-        total=settings.rows, desc="Generating", unit=" rows", unit_scale=True, disable=None if progress else True
+        total=settings.rows,
+        desc="Generating",
+        unit=" rows",
+        unit_scale=True,
+        smoothing=0,
+        disable=None if progress else True,
     ) as bar:
+        if not bar.disable:
+            # The rate counts the time of the first block, which was made for the estimate.
+            bar.start_t -= time.monotonic() - start
         for number, path in enumerate(outputs):
             wanted = settings.rows // len(outputs) + (number < settings.rows % len(outputs))
             with whole_file(path) as write:

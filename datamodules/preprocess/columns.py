@@ -305,7 +305,10 @@ def _choose_text(facts: Facts, sample: Sample) -> Choice:
         return Choice(settings={"role": "leave"}, reason="a different text in nearly every row, such as a row id")
     if sum(map(len, facts.counts)) > _LONG_TEXT * facts.distinct:
         return Choice(settings={"role": "leave"}, reason="long text")
-    return _categories(facts, sample, {"role": "categorical"}, "text")
+    words = Counter(word for value in facts.counts for word in str(value).split(" "))
+    recur = words.total() > 2 * len(words) and len(words) < facts.distinct
+    hint = " (if spaces separate several values: {role: multi_hot, separator: ' '})" if recur else ""
+    return _categories(facts, sample, {"role": "categorical"}, f"text{hint}")
 
 
 def formatted_number(facts: Facts) -> str | None:

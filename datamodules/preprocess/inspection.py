@@ -81,6 +81,8 @@ def _columns(folder: str | Path | Folder, schema: DatasetSchema, report: _Report
     for column in schema.columns:
         name, skew = column.name, vocabulary_skew(folder, schema, column)
         share = missing[name] / rows_read if name in missing else _cell_share(schema, name, "missing", schema.cells)
+        # An empty list is no missing value of the bag's ids, and is not counted.
+        share = None if column.role == "multi_hot" and not share else share
         found.append(
             {
                 "name": name,
@@ -300,18 +302,19 @@ def _notes(columns: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 _LEGENDS = (
+    ("reserved", "table rows: rows of the embedding table: of values, and reserved ones (such as rows 0 and 1)"),
     ("missing", "missing: share of the rows without a value"),
     ("unknown", "unknown: share of the validation and test rows with a value that the vocabulary does not have"),
-    ("most_frequent", "most frequent id: its share of all lookups"),
+    ("most_frequent", "most frequent id: its share of the rows over which the vocabulary was counted"),
     ("most_frequent_is", "word after the share: the most frequent id is the reserved row of these values"),
-    ("ids_for_90", "ids for 90%: how many ids, the most frequent ones, take 90% of all lookups"),
+    ("ids_for_90", "ids for 90%: how many ids, the most frequent ones, 90% of these rows have"),
 )
 """Fact of a column, and what its header means."""
 
 
 def _legends(columns: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what the headers of the tables mean; missing values have a header if there are any."""
-    shown = {name for column in columns for name, value in column.items() if value is not None}
+    shown = {name for column in columns for name, value in column.items() if value not in (None, {})}
     if not any(column["missing"] for column in columns):
         shown -= {"missing"}
     return [words for name, words in _LEGENDS if name in shown]

@@ -29,6 +29,7 @@ from lightning_dlrm.contracts.disk import flush
 from lightning_dlrm.contracts.documents import parse_json
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
+from lightning_dlrm.contracts.terminal import counted
 
 _FLUSHED_AT_ONCE = 16  # each flush waits for the disk
 _CHANGES_SHOWN = 3
@@ -227,8 +228,9 @@ def _difference(found: Run, wanted: Run) -> str | None:
     """Describe the differences between two runs, apart from the release: those of their options, else the first one of
     their inputs."""
     if changes := list(_changes(found.options, wanted.options)):
-        more = f", and {len(changes) - _CHANGES_SHOWN} more differences" if len(changes) > _CHANGES_SHOWN else ""
-        return ", and ".join(changes[:_CHANGES_SHOWN]) + more
+        others = len(changes) - _CHANGES_SHOWN
+        more = [counted(others, "more difference")] if others > 0 else []
+        return ", and ".join([*changes[:_CHANGES_SHOWN], *more])
     before, after = found.inputs, wanted.inputs
     if [file.name for file in before] != [file.name for file in after]:
         names = [", ".join(file.name for file in files) for files in (before, after)]

@@ -157,13 +157,13 @@ def _column_lines(schema: DatasetSchema, width: int) -> list[str]:
     lines = fitted([header, *body, last], width)
     legends = [f"{name}: {words}" for name, words in _LEGENDS.items() if name in lines[0]]
     if any(column.reserved for column in schema.columns):
-        legends[-1] += ", with those for missing and rare values"
+        legends[-1] += ": of values, and reserved ones for missing and rare values (such as rows 0 and 1)"
     return lines + [part for legend in legends for part in filled_below(legend, width, "  ", 4)]
 
 
 _LEGENDS = {
     "missing": "share of the rows read without a value",
-    "values": "different values",
+    "values": "different values in the rows over which the vocabulary was counted",
     "kept": "values with a row of their own",
     "unknown rows": "rows with a value that the vocabulary does not have",
     "table rows": "rows of the embedding table",

@@ -296,6 +296,6 @@ def _draw_curves(axes: "Axes", skews: Sequence[Skew], named: Sequence[Skew]) -> 
         xlabel="most frequent ids, % of the table's rows (logarithmic)",
         ylabel="lookups that go to these ids, %",
     )
-    words = f" (named: the {len(named)} largest tables)" if others else ""
+    words = f" (named: the {len(named)} largest tables; of equal ones the first)" if others else ""
     axes.set_title(f"Lookups that the most frequent ids take{words}", fontsize=11, loc="left")
     axes.grid(color="0.92")

@@ -164,6 +164,10 @@ def _encoding(pieces: Sequence[_Piece]) -> str:
             return name
     for piece in pieces:
         require(
+            b"\0" not in piece.text or not piece.path.endswith(".parquet"),
+            f"{piece.path} is not a Parquet file, which begins and ends with PAR1; write it again",
+        )
+        require(
             b"\0" not in piece.text,
             f"{piece.path} has null bytes; expected text: if it is UTF-16, write it with a byte order mark",
         )

@@ -80,7 +80,8 @@ def encode(
                 progress=Progress(show=False),
             )
         except UserError as error:
-            raise UserError(str(error).replace(str(file), "the table")) from error
+            words = str(error).replace(str(file), "the table")
+            raise UserError(words.replace("use --vocabulary DIR", "give vocabulary, a dataset folder")) from error
 
 
 def arrow_table(rows: "pa.Table | pd.DataFrame") -> pa.Table:

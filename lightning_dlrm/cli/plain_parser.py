@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -82,6 +83,7 @@ class PlainParser(HelpParser):
     def __init__(self, add_options: Callable[[argparse.ArgumentParser], None] | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._add_options = add_options
+        self._given: Sequence[str] = ()
 
     def complete(self) -> None:
         """Add the options, if they are not yet there."""
@@ -96,10 +98,21 @@ class PlainParser(HelpParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse arguments; refuse unknown ones here, where the options of a subcommand are known."""
         self.complete()
+        self._given = sys.argv[1:] if args is None else list(args)
         found, rest = super().parse_known_args(args, namespace)
         if rest:
-            self.error(f"unknown {_noun(rest[0])} {rest[0]}{nearest(rest[0], self._known())}")
+            self.error(self._words_of_unknown(rest[0]))
         return found, rest
+
+    def _words_of_missing(self, names: Sequence[str]) -> str:
+        """Return that an option is unknown, which may be a required one with a typing error, or what is missing."""
+        known = self._known()
+        options = [word.partition("=")[0] for word in self._given if word.startswith("--") and word != "--"]
+        unknown = [name for name in options if name not in known and name != "--debug"]
+        return self._words_of_unknown(unknown[0]) if unknown else super()._words_of_missing(names)
+
+    def _words_of_unknown(self, word: str) -> str:
+        return f"unknown {_noun(word)} {word}{nearest(word, self._known())}"
 
     def _known(self) -> Sequence[str]:
         return re.findall(r"--[\w.-]+", self.format_help())

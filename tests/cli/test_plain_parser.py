@@ -69,6 +69,7 @@ def parser() -> PlainParser:
         ("make x --json=yes", "--json is given the value yes, but takes none: write --json alone"),
         ("make x --ranks 2 --plan y", "--ranks and --plan exclude each other: give one of them"),
         ("make x --output y --rowz 3", "unknown option --rowz; did you mean --rows?"),
+        ("make x --outputs y", "unknown option --outputs; did you mean --output?"),
         ("make x --output y z", "unknown argument z"),
     ],
 )

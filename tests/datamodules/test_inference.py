@@ -284,6 +284,19 @@ def test_samples_of_large_files_reach_their_end(tmp_path: Path, monkeypatch: pyt
     assert inferred(tmp_path, "\n".join(lines), name="log.jsonl").rest == "leave"
 
 
+def test_words_that_recur_get_a_hint(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    words = ["red", "blue", "green", "new", "sale", "hot", "top"]
+    tags = [" ".join(draw.sample(words, draw.choice([1, 2, 3]))) for _ in range(500)]
+    inferred(tmp_path, rows("y,tags", [draw.randint(0, 1) for _ in tags], tags))
+    assert "{role: multi_hot, separator: ' '}" in " ".join((tmp_path / "schema.yaml").read_text().split("\n  #   "))
+
+
+def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"log.parquet is not a Parquet file, which begins and ends with PAR1"):
+        inferred(tmp_path, b"\0\1" * 500, name="log.parquet")
+
+
 def test_decimal_commas_are_no_bags(tmp_path: Path) -> None:
     price = [f"{row * 7 % 30},{row % 4}5" if row % 9 else "NA" for row in range(N)]
     separators = inferred(tmp_path, rows("y;a;price", LABELS, FEW, price, separator=";"))

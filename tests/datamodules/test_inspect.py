@@ -105,7 +105,7 @@ def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "label; 1 dense (I1); 2 categorical (C1, C2)",
         "reserved rows of C1: none",
         "reserved rows of C2: row 0 is for missing values",
-        "ids for 90%: how many ids, the most frequent ones, take 90% of all lookups",
+        "ids for 90%: how many ids, the most frequent ones, 90% of these rows have",
         "label mean: share of the rows with label 1",
         "the checksums of all files match",
     ):

@@ -927,6 +927,9 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
             assert values[offsets[i] : offsets[i + 1]].tolist() == row[name]
     with pytest.raises(UserError, match="the table has no column 'user'"):
         RowEncoder(tmp_path / "data").encode(new.drop_columns(["user"]))
+    misspelt = new.rename_columns([{"user": "usr"}.get(name, name) for name in new.column_names])
+    with pytest.raises(UserError, match="did you mean usr"):
+        RowEncoder(tmp_path / "data").encode(misspelt)
     bad = new.set_column(new.column_names.index("price"), "price", pa.array(["dear"] * len(new)))
     with pytest.raises(UserError, match="row 0: price is 'dear', expected a number"):
         RowEncoder(tmp_path / "data").encode(bad)

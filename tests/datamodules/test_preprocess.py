@@ -634,8 +634,10 @@ def test_report_fits_80_columns_and_says_what_it_counts(tmp_path: Path) -> None:
     text = " ".join(" ".join(lines).split())
     for words in (
         "label mean: share of the rows with label 1",
-        "missing: share of the rows read without a value values: different values kept: values with a row of",
-        "table rows: rows of the embedding table, with those for missing and rare values 100 rows read",
+        "missing: share of the rows read without a value values: different values in the "
+        "rows over which the vocabulary was counted kept: values with a row of",
+        "table rows: rows of the embedding table: of values, and reserved ones for missing and rare values (such as "
+        "rows 0 and 1) 100 rows read",
         "100 rows read, 100 rows written in",
         "MiB of memory (all processes together)",
     ):

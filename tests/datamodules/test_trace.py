@@ -339,7 +339,7 @@ def test_command_reports_the_fit(
     original, copy = (TraceSource(Path(path), ["C1"]).profiles(progress=False)[0] for path in (source[0], data))
     assert render_fits([measure_fit(original, copy)]) in text
     text = run("--profile", profile, "--output", str(tmp_path / "long"), "--rows", "25000", "--test-rows", "0")
-    assert f"after the original's {ROWS:,} accesses, the distinct rows grow" in text and "after 25,000 acc" in text
+    assert f"after the original's {ROWS:,} accesses, the unique rows grow" in text and "after 25,000 acc" in text
     text = run("--profile", profile, "--output", str(tmp_path / "short"), "--rows", "5000", "--test-rows", "0")
     assert "C1: 5,000 accesses; original / generated" in text
     with pytest.raises(UserError, match=r"p\.json exists; name a new file, or leave --from out"):
