@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from lightning_dlrm.cli.plan_report import (
     plan_document,
 )
 from lightning_dlrm.cli.report import data_words
-from lightning_dlrm.cli.trust import trust_options
+from lightning_dlrm.cli.trust import trusting_command
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.contracts.terminal import counted, wrapped
@@ -222,7 +221,7 @@ def _fit_command(arguments: Sequence[str], output: str | None) -> str:
             is_kept = re.match(r"--(config|model|data|trainer)\b", argument) is not None
         if is_kept:
             kept.append(argument)
-    return shlex.join(["python", "-m", "lightning_dlrm", "fit", *kept, "--config", str(output), *trust_options()])
+    return trusting_command("fit", *kept, "--config", str(output))
 
 
 def _place(

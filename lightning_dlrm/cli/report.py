@@ -14,10 +14,10 @@ from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from lightning_dlrm.cli.classes import PRECISIONS
 from lightning_dlrm.cli.parser import PublishedScore
-from lightning_dlrm.cli.trust import trust_options
+from lightning_dlrm.cli.trust import trusting_command
 from lightning_dlrm.contracts.errors import shown_path
 from lightning_dlrm.contracts.schema import DatasetSchema
-from lightning_dlrm.contracts.terminal import aligned, command_line, counted, emphasized, wrapped
+from lightning_dlrm.contracts.terminal import aligned, counted, emphasized, wrapped
 from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.models.network import ModelSize
 from lightning_dlrm.tracking import names
@@ -160,6 +160,7 @@ def final_report(
     schema: DatasetSchema,
     wandb: str | None,
     published: Sequence[PublishedScore] | None = None,
+    chance: str = "",
 ) -> str:
     """Return the report at the end of a run: scores and their course, size, speed, locations, and next commands.
 
@@ -170,6 +171,7 @@ def final_report(
         schema: schema of the data.
         wandb: address of the run at W&B; None without W&B.
         published: the published scores of the configuration.
+        chance: why the AUC is no better than that of random predictions; empty if it is better.
     """
     title, *scores = _scores(final, best, schema)
     lines = ["", emphasized(title, sys.stdout), *scores]
@@ -190,19 +192,20 @@ def final_report(
     ]
     lines += ["", *(f"{title:16s}{words}" for title, words in facts if words)]
     auc, optimum = final.get(f"{names.VALIDATION}/auc"), final.get(names.OPTIMUM_AUC)
-    if schema.dataset == "demo" and auc is not None and optimum is not None:
+    if chance:
+        lines += ["", f"did not train: {chance}"]
+    elif schema.dataset == "demo" and auc is not None and optimum is not None:
         lines += ["", demo_result(auc, optimum)]
     if (folder.checkpoints / "best").exists():
-        trust = trust_options()
         best_checkpoint = folder.checkpoints / "best"
-        again = ["--config", str(folder.path / CONFIG), "--ckpt_path", str(best_checkpoint), *trust]
+        again = ["--config", str(folder.path / CONFIG), "--ckpt_path", str(best_checkpoint)]
         commands = [
             ["test", *again],
             ["predict", *again, "--data.predict_split", "all"],
-            ["compare", str(folder.path), "OTHER_RUN", "--output", "comparison", *trust],
+            ["compare", str(folder.path), "OTHER_RUN", "--output", "comparison"],
         ]
         lines += ["", emphasized("next:", sys.stdout)]
-        lines += [f"  {command_line(*command)}" for command in commands]
+        lines += [f"  {trusting_command(*command)}" for command in commands]
     return wrapped(lines)
 
 
@@ -305,7 +308,5 @@ def _course(history: Sequence[Mapping[str, float]], name: str) -> str:
 def demo_result(auc: float, optimum: float) -> str:
     """Return how close a fit on demo data came to the best reachable AUC."""
     share = (auc - 0.5) / (optimum - 0.5)
-    return (
-        f"DEMO DATA: AUC {auc:.4f} of the best reachable {optimum:.4f}; "
-        f"{100 * share:.1f}% of the way from 0.5, {optimum - auc:.4f} below it"
-    )
+    way = f" ({100 * share:.1f}% of the way from 0.5 to it)" if share > 0 else ""
+    return f"DEMO DATA: AUC {auc:.4f}; best reachable {optimum:.4f}{way}"

@@ -1,7 +1,6 @@
 """The choice of the checkpoint from which a command continues, and the continuation of an interrupted fit."""
 
 import logging
-import shlex
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -11,8 +10,9 @@ from lightning_dlrm.cli.job import Job
 from lightning_dlrm.cli.launchers import is_requeued, run_of_requeued_job
 from lightning_dlrm.cli.parser import CommandParser
 from lightning_dlrm.cli.short_help import EVALUATIONS
-from lightning_dlrm.cli.trust import trust_options
+from lightning_dlrm.cli.trust import trusting_command
 from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.terminal import wrapped
 from lightning_dlrm.engine.checkpointing import newest_checkpoint, whole_checkpoints
 from lightning_dlrm.engine.stopping import what_ended
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, resolve_checkpoint
@@ -117,8 +117,13 @@ def is_finished(job: Job, trainer: pl.Trainer) -> bool:
         remedies = ["remove" if name.startswith("EarlyStopping") else "raise or remove" for name in settings]
         ends = zip(settings, remedies, strict=True)
         words = "; ".join(f"{name}: to continue training, {remedy} it" for name, remedy in ends)
-        print(f"already finished at step {step:,}; nothing to do ({words})")
+        print(wrapped([f"already finished at step {step:,}; nothing to do ({words})"]))
     return True
+
+
+def resume_command(run: Path) -> str:
+    """Return the command that continues the fit of a run folder."""
+    return trusting_command("fit", "--config", str(run / CONFIG), "--run_dir", str(run), "--resume", "auto")
 
 
 def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
@@ -135,6 +140,6 @@ def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
     if newest is None:
         log.info("interrupted at step %s, before the first checkpoint: --resume auto starts again in this folder", step)
         return
-    again = ["fit", "--config", str(folder.path / CONFIG), "--run_dir", str(folder.path), "--resume", "auto"]
-    command = shlex.join([*again, *trust_options()])
-    log.info("interrupted at step %s; continue with: python -m lightning_dlrm %s", step, command)
+    saved = f"{CheckpointReader(newest).header[names.STEP]:,}"
+    behind = "" if saved == step else f", its newest checkpoint at step {saved}"
+    log.info("interrupted at step %s%s; continue with: %s", step, behind, resume_command(folder.path))

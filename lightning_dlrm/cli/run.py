@@ -324,7 +324,7 @@ def log_start(job: Job, trainer: pl.Trainer) -> None:
     log.info(size_note(job.module.size))
     if note := cells_note(job.datamodule.schema):
         log.info(note)
-    if job.datamodule.schema.dataset == "demo":
+    if job.datamodule.schema.dataset == "demo" and job.settings.ckpt_path is None:
         log.info(demo_note())
 
 
@@ -405,7 +405,8 @@ def report_fit(job: Job, trainer: pl.Trainer) -> None:
         if note := early_stop_note(callback, trainer.global_step, fit_length(trainer).steps):
             print(note)
     wandb = wandb_address(trainer.loggers, job.folder)
-    print(final_report(job.folder, final, best, job.datamodule.schema, wandb, job.settings.published))
+    chance = job.module.chance
+    print(final_report(job.folder, final, best, job.datamodule.schema, wandb, job.settings.published, chance))
 
 
 def report_evaluation(job: Job, trainer: pl.Trainer) -> None:

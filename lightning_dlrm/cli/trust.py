@@ -36,6 +36,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_dlrm.cli.configs import expand_home, find_config
 from lightning_dlrm.contracts.documents import CONFIGURATION, YAML_FAULTS, parse_yaml, read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.terminal import command_line
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.losses import Loss
 from lightning_dlrm.optim.rules import UpdateRule
@@ -124,6 +125,11 @@ def trust_options() -> list[str]:
     """Return ``--trust MODULE`` for each module that this process was told to trust or has imported."""
     modules = _given | (_trusted & sys.modules.keys())
     return [part for module in sorted(modules) for part in ("--trust", module)]
+
+
+def trusting_command(command: str, *arguments: str) -> str:
+    """Return a command to copy that reads a configuration or a run folder, with ``trust_options`` at its end."""
+    return command_line(command, *arguments, *trust_options())
 
 
 def refusal(path: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.parser import PublishedScore
+from lightning_dlrm.cli.resuming import resume_command
 from lightning_dlrm.contracts.documents import parse_json, read_json, read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.retired import update_document
@@ -174,7 +175,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
     for key, kind in _SECTIONS.items():
         if not isinstance(config.get(key), kind):
             raise UserError(f"{path / CONFIG} has no {key} as fit writes it; {_DAMAGED}")
-    again = f"python -m lightning_dlrm fit --config {path / CONFIG} --run_dir {path} --resume auto"
+    again = resume_command(path)
     require((path / SUMMARY).exists(), f"the run {path} is not finished; end it with: {again}")
     summary = read_json(path / SUMMARY, _Summary, "train the run again")
     final, best = summary.final, summary.best or {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema
-from lightning_dlrm.engine.guards import warn_of_chance
+from lightning_dlrm.engine.guards import words_of_chance
 from lightning_dlrm.objectives.metrics import ClickCurves, ClickMetrics, click_curves, click_metrics
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
@@ -70,19 +70,24 @@ class Evaluation(nn.Module):
 
     def warn_of_chance(
         self, results: dict[str, float], schema: DatasetSchema, batch_size: int, learning_rates: dict[str, float]
-    ) -> None:
-        """Call ``guards.warn_of_chance`` with the counts of all ranks, on rank 0; all ranks call it together."""
+    ) -> str:
+        """Log and return ``guards.words_of_chance`` with the counts of all ranks, on rank 0; all ranks call it
+        together."""
         optimum = schema.optimum.get("validation")
         if optimum is not None and optimum.auc <= 0.5:
             # The labels are independent of the features.
-            return
+            return ""
         labels = self.metrics.labels
         here = [sum(len(part) for part in labels), sum(int((part > 0).sum()) for part in labels)]
         ranks = Ranks()
         samples, clicks = np.sum(ranks.all_gather(np.array(here)), axis=0).tolist()
-        if ranks.rank == 0:
-            auc, log_loss = results[f"{self.stage}/auc"], results[f"{self.stage}/log_loss"]
-            warn_of_chance(auc, clicks, samples, batch_size, learning_rates, schema.large_numbers, log_loss)
+        if ranks.rank != 0:
+            return ""
+        auc, log_loss = results[f"{self.stage}/auc"], results[f"{self.stage}/log_loss"]
+        words = words_of_chance(auc, clicks, samples, batch_size, learning_rates, schema.large_numbers, log_loss)
+        if words:
+            log.warning("%s %s", self.stage, words)
+        return words
 
     def reset(self) -> None:
         """Forget every batch."""

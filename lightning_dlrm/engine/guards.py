@@ -166,7 +166,7 @@ def refuse_bad_state(network: CTRNetwork, optimizer: CTROptimizer | None, step: 
     require(not bad, f"{', '.join(bad[:3])} is not finite after step {step}, so nothing is saved; {advice}")
 
 
-def warn_of_chance(
+def words_of_chance(
     auc: float,
     clicks: int,
     samples: int,
@@ -174,36 +174,31 @@ def warn_of_chance(
     rates: Mapping[str, float],
     large_numbers: str = "",
     log_loss: float = math.nan,
-) -> bool:
-    """Log a warning if the AUC of a validation is within the noise of random predictions.
+) -> str:
+    """Return what is wrong and what to do if an AUC is no better than that of random predictions; else no words.
 
     Args:
-        auc: AUC of the validation.
+        auc: the AUC.
         clicks: number of clicked samples.
         samples: number of samples.
         batch_size: batch size of training.
         rates: learning rates by group.
         large_numbers: dense columns with large numbers, see ``DatasetSchema.large_numbers``.
-        log_loss: log loss of the validation.
-
-    Returns:
-        Whether a warning was logged.
+        log_loss: the log loss.
     """
     others = samples - clicks
     if not (clicks and others and math.isfinite(auc)):
-        return False
+        return ""
     noise = chance_deviation(clicks, others)
-    if abs(auc - 0.5) > 3 * noise:
-        return False
+    if auc - 0.5 > 3 * noise:
+        return ""
     large = f"large numbers in {large_numbers}: {_SCALE}; " if large_numbers else ""
     zero = ""
     if abs(log_loss - math.log(2)) < 0.001:
         zero = "; or all logits are about 0, because the last layer ends in a ReLU (see linear_output of MLP)"
     listed = " and ".join(f"{rate:g} for {group}" for group, rate in rates.items())
-    log.warning(
-        "validation AUC is %.4f, no better than random predictions (0.5 give or take %.4f with %s samples). Likely "
-        "causes: %stoo few steps, or learning rates (%s) that do not suit batches of %s: try ten times the rates if "
-        "the loss hardly changed, else a tenth%s",
-        *(auc, 3 * noise, f"{samples:,}", large, listed, f"{batch_size:,}", zero),
+    return (
+        f"AUC {auc:.4f} is no better than random predictions (0.5 give or take {3 * noise:.4f}, three standard "
+        f"deviations with {samples:,} samples). Likely causes: {large}too few steps, or learning rates ({listed}) that "
+        f"do not suit batches of {batch_size:,}: try ten times the rates if the loss hardly changed, else a tenth{zero}"
     )
-    return True

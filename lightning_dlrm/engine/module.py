@@ -120,6 +120,7 @@ class CTRModule(pl.LightningModule):
         self.validation, self.test = Evaluation(names.VALIDATION), Evaluation(names.TEST)
         self.results: dict[str, float] = {}
         """Metrics of the last evaluation, in full precision."""
+        self.chance = ""  # see Evaluation.warn_of_chance; of the last validation of a fit
         self.curves: ClickCurves | None = None
         """Curves of the last evaluation."""
         self.averaging = None if averaging is None else AverageForEvaluation(averaging)
@@ -357,7 +358,8 @@ class CTRModule(pl.LightningModule):
                     self.guard.check_state(self.network, optimizer_of(self), self.trainer.global_step)
                 evaluation.refuse_log_loss()
             if fitting:
-                evaluation.warn_of_chance(self.results, self.data_schema(), self._batch_size, self.learning_rates)
+                rates = self.learning_rates
+                self.chance = evaluation.warn_of_chance(self.results, self.data_schema(), self._batch_size, rates)
             # For callbacks such as EarlyStopping, and what ``trainer.validate`` and ``test`` return: only metrics that
             # go to loggers too. During a fit MetricsLogger logs them. Lightning would round Python's floats.
             exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.results.items()}

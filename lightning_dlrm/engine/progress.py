@@ -109,7 +109,8 @@ class RunProgress(ProgressBar):
         self.on_test_end(trainer, pl_module)
         if self._metrics is not None and self._enabled and trainer.is_global_zero and not trainer.sanity_checking:
             auc = pl_module.results.get(f"{names.VALIDATION}/auc", -math.inf)
-            line = format_validation(pl_module.results, trainer.global_step, auc > self._highest_auc)
+            is_highest = auc > self._highest_auc and not pl_module.chance
+            line = format_validation(pl_module.results, trainer.global_step, is_highest)
             self._highest_auc = max(self._highest_auc, auc)
             if sys.stderr.isatty():
                 # Not print: it would leave a part of the bar.

@@ -130,17 +130,18 @@ def test_demo_fit_as_a_process_says_what_it_is() -> None:
         done.stderr.count("W&B: offline (no API key)") == 1
         and done.stdout.count("wandb sync run/wandb/offline-run-") == 1
     )
-    assert "% of the way from 0.5" in done.stdout
+    # Four steps are too few: the report says so, as the warning does.
+    (words,) = [line for line in done.stdout.splitlines() if line.startswith("did not train: ")]
+    assert words.removeprefix("did not train: ") in done.stderr and "% of the way" not in done.stdout
     versions = json.loads(Path("run/versions.json").read_text())
     assert versions["torch"] == torch.__version__ and versions["python"] == platform.python_version()
     final = json.loads(Path("run/summary.json").read_text())["final"]
-    assert f"best reachable {final['data/optimum_auc']:.4f}" in done.stdout
     told = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines()}
     # The last validation is the best: one column; always predicting the click rate has AUC 0.5.
     assert told["AUC"][1:] == [f"{score:.6f}" for score in (final["validation/auc"], 0.5, final["data/optimum_auc"])]
     entropy = final["validation/log_loss"] / final["validation/normalized_entropy"]
     assert told["log loss"][3] == f"{entropy:.6f}" and told["validation"][1:4] == ["last", "and", "best"]
-    assert "\nvalidation at step 4: AUC" in done.stderr and "(highest AUC so far)" in done.stderr
+    assert "\nvalidation at step 4: AUC" in done.stderr and "(highest AUC so far)" not in done.stderr
     assert "\n\n" not in done.stderr and "DLRM on demo data, batch " in done.stderr
     assert told["parameters"][1] == f"{final['parameters/total']:,}" and told["run folder"][-1] == "run"
     assert "training loss" not in told, "a single point has no course"

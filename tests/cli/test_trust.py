@@ -21,6 +21,7 @@ from lightning_dlrm.cli.parser import (
     parse,
 )
 from lightning_dlrm.cli.trust import take_trust, trust_options
+from lightning_dlrm.compare.runs import read_run
 from lightning_dlrm.compare.scores import predict_command
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
@@ -279,6 +280,13 @@ def test_an_interrupted_fit_prints_what_it_trusts(
     assert again[-2:] == ["--trust", "own"]
     assert main(again[:-2]) == 2
     assert main(again) == 0
+
+
+def test_the_command_that_ends_an_unfinished_run_names_what_is_trusted() -> None:
+    Path("run/config.yaml").write_text("{seed_everything: 1, model: {}, data: {}, trainer: {}, wandb: {}}")
+    take_trust(["--trust", "own"])
+    with pytest.raises(UserError, match=r"end it with: .* --resume auto --trust own$"):
+        read_run(Path("run"))
 
 
 def test_the_runs_of_a_comparison_build_no_callbacks_loggers_and_profilers() -> None:

@@ -3,6 +3,7 @@ repeated to the last bit, and keeps what it did in the run folder."""
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,19 @@ def test_a_fit_killed_before_it_logged_anything_ends_with_what_is_known(tmp_path
     assert final["speed/samples_per_s"] == pytest.approx(100 / final["speed/training_s"])
     said = final_report(RunFolder(run), final, {}, toy_schema(), None)
     assert said.startswith("\nno validation was made\n") and "samples/s" in said and "waiting" not in said
+
+
+def test_the_report_of_a_fit_on_demo_data_says_how_good_it_is(tmp_path: Path) -> None:
+    trainer_of(tmp_path).fit(toy_module(), ToyData())
+    final = json.loads((tmp_path / "summary.json").read_text())["final"]
+    final |= {"validation/auc": 0.6666, "data/optimum_auc": 0.7977}
+    folder, schema = RunFolder(tmp_path), replace(toy_schema(), dataset="demo")
+    said = final_report(folder, final, {}, schema, None)
+    assert "\nDEMO DATA: AUC 0.6666; best reachable 0.7977 (56.0% of the way from 0.5 to it)\n" in said
+    final["validation/auc"] = 0.475
+    assert "\nDEMO DATA: AUC 0.4750; best reachable 0.7977\n" in final_report(folder, final, {}, schema, None)
+    said = final_report(folder, final, {}, schema, None, chance="AUC 0.4750 is no better than random predictions")
+    assert "\ndid not train: AUC 0.4750 is no better than random predictions\n" in said and "DEMO DATA" not in said
 
 
 def test_a_fit_without_validation_leaves_a_checkpoint(tmp_path: Path) -> None:

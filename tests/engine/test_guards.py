@@ -23,7 +23,7 @@ from lightning_dlrm.contracts.schema import file_sha256
 from lightning_dlrm.engine import guards
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, newest_checkpoint
 from lightning_dlrm.engine.evaluation import TrainingWindow
-from lightning_dlrm.engine.guards import warn_of_chance
+from lightning_dlrm.engine.guards import words_of_chance
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.stopping import StopAtAUC
@@ -119,11 +119,12 @@ def test_chance_is_told_from_skill_by_the_number_of_samples() -> None:
     warned = 0
     for _ in range(200):
         scores, labels = torch.rand(500, generator=generator), (torch.rand(500, generator=generator) < 0.2).int()
-        warned += warn_of_chance(exact_auc(scores, labels), int(labels.sum()), 500, 1, {})
+        warned += bool(words_of_chance(exact_auc(scores, labels), int(labels.sum()), 500, 1, {}))
     assert warned >= 197, "three standard deviations hold 99.7%"
-    assert not warn_of_chance(0.52, 20_000, 100_000, 1, {})
-    assert warn_of_chance(0.5, 20_000, 100_000, 1, {})
-    assert not warn_of_chance(float("nan"), 0, 100, 1, {})
+    assert not words_of_chance(0.52, 20_000, 100_000, 1, {})
+    assert words_of_chance(0.5, 20_000, 100_000, 1, {})
+    assert words_of_chance(0.45, 20_000, 100_000, 1, {}).startswith("AUC 0.4500 is no better than random predictions")
+    assert not words_of_chance(float("nan"), 0, 100, 1, {})
 
 
 def test_logits_of_zero_are_explained(caplog: pytest.LogCaptureFixture) -> None:
