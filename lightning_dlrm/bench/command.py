@@ -47,8 +47,8 @@ _ON_CPUS = ("loader", "preprocess")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmarks to a parser, a ``PlainParser``; ``run`` takes the parsed options."""
-    parser.description, parser.epilog = DESCRIPTION, "bench COMMAND --help lists the options of a benchmark."
-    works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
+    parser.description, parser.epilog = DESCRIPTION, "bench COMMAND --help lists the options of a command."
+    works = parser.add_subparsers(dest="work", required=True, metavar="COMMAND")
     for name, text in WORKS.items():
         works.add_parser(name, help=text, add_options=partial(_add_options, name))
 

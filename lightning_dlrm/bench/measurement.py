@@ -152,7 +152,7 @@ class Measurement:
     median_s: float
     """Median of the rounds, seconds."""
     spread_s: float
-    """Slowest round minus fastest, seconds."""
+    """Slowest round minus fastest, seconds; 0 with a single round."""
     floor_s: float | None = None
     """Least time that the machine allows, seconds; None if unknown."""
     extra: Mapping[str, float] = field(default_factory=dict)

@@ -58,6 +58,8 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
 }
 """Operator -> the parts of a step that it consists of: see ``breakdown.marked_parts``."""
 
+_MOST_SLOWED = 2
+"""Time of a step under the profiler, in steps without it, from which on the shares of operators are uncertain."""
 _PUBLISHED_BATCHES, _PUBLISHED_BATCH_SIZE = 1000, 2048
 
 Profile = Mapping[str, Sequence[float]]
@@ -228,10 +230,15 @@ def render_operators(
         cells.append((operator, *shares))
     cells.append(("step", *(f"{duration(seconds)} {1:4.0%}" for seconds in steps.values())))
     cells.append(("without the profiler", *(f"{duration(unprofiled[name])}     " for name in columns)))
-    notes = (
+    notes = [
         "Under the profiler, the step of median time. Ours makes the gradients of table",
         "rows in the update, the baseline in embedding backward.",
-    )
+    ]
+    if slowed := [name for name in columns if steps[name] > _MOST_SLOWED * unprofiled[name]]:
+        notes += [
+            f"warning: the profiler makes the step of {' and '.join(slowed)} over {_MOST_SLOWED} times as long.",
+            "The shares of the operators are uncertain: stop other work on this machine.",
+        ]
     return "\n".join(["", *aligned(cells, left=(0,)), *notes, ""])
 
 

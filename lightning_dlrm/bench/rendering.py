@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from lightning_dlrm.bench.measurement import Measurement, duration
-from lightning_dlrm.contracts.terminal import aligned, binary_size
+from lightning_dlrm.contracts.terminal import aligned, binary_size, counted
 
 _COMPARISONS: Mapping[str, str] = {
     "speed_over_baseline": "{:.3g} times as fast as the baseline",
@@ -57,10 +57,13 @@ def headline(rows: Sequence[Measurement]) -> list[str]:
         comparisons = [_words(name, row.extra[name]) for name in _COMPARISONS if name in row.extra]
         lines.append(f"{row.case}: ours takes {time}, {', '.join(comparisons)}")
     measured = [row for row in rows if row.shown and not row.error and row.median_s]
-    worst = max(measured, key=lambda row: row.spread_s / row.median_s, default=None)
-    if worst is not None and (share := worst.spread_s / worst.median_s) > _LARGE_SPREAD:
+    uncertain = [row for row in measured if row.spread_s / row.median_s > _LARGE_SPREAD]
+    if uncertain:
+        worst = max(uncertain, key=lambda row: row.spread_s / row.median_s)
+        more = f" (and those of {counted(len(uncertain) - 1, 'other row')} by less)" if len(uncertain) > 1 else ""
         lines.append(
-            f"warning: the rounds of {worst.case} ({worst.implementation}) differ by {share:.0%} of their median. The "
+            f"warning: the rounds of {worst.case} ({worst.implementation}) differ by "
+            f"{worst.spread_s / worst.median_s:.0%} of their median{more}. The "
             "result is uncertain: stop other work on this machine, or give more --rounds"
         )
     return lines
@@ -78,10 +81,14 @@ def render(rows: Sequence[Measurement]) -> str:
                 *(
                     ["", "", ""]
                     if row.error
-                    else [duration(row.median_s), duration(row.spread_s), f"{row.samples_per_s:,.0f}"]
+                    else [
+                        duration(row.median_s),
+                        duration(row.spread_s) if row.spread_s else "",
+                        f"{row.samples_per_s:,.0f}",
+                    ]
                 ),
                 "" if floor is None or row.error else duration(floor),
-                "" if floor is None or row.error else f"{row.median_s / floor:.2f}",
+                "" if floor is None or row.error else f"{float(f'{row.median_s / floor:.3g}'):,g}",
             )
         )
     header, *lines = aligned(cells, left=(0,))
@@ -94,6 +101,8 @@ def render(rows: Sequence[Measurement]) -> str:
         elif row.extra:
             text.append("    " + ", ".join(_words(name, value) for name, value in row.extra.items()))
     text.append("Ours is lightning_dlrm; --help explains the others.")
+    if any(row.spread_s for row in shown):
+        text.append("The spread is the time of the slowest round minus that of the fastest.")
     if any(row.floor_s is not None for row in shown):
         text.append("The floor is the least time on this machine; x floor is median / floor.")
     return "\n".join(text)

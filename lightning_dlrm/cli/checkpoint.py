@@ -19,8 +19,8 @@ _BALANCED_FOR = 2048  # samples of a global batch, which a checkpoint does not h
 
 _WORKS = {
     "info": "show a checkpoint's model, step, tables and pieces",
-    "merge": "write it again with every table whole",
-    "reshard": "write it again in pieces for another number of ranks",
+    "merge": "write a checkpoint again with every table whole",
+    "reshard": "write a checkpoint again in pieces for another number of ranks",
 }
 
 _EXAMPLES = {
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands and their options to a parser; ``run`` takes what it parses."""
     parser.description = "Show, rewrite or import a checkpoint."
     parser.epilog = "import has its own options: checkpoint import --help"
-    works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
+    works = parser.add_subparsers(dest="work", required=True, metavar="COMMAND")
     # Only for the list in --help: ``import`` takes the options of fit and has a parser of its own.
     works.add_parser("import", help="make a checkpoint of parameters that facebookresearch/dlrm saved")
     for name, text in _WORKS.items():
@@ -99,7 +99,12 @@ def run(args: argparse.Namespace) -> int:
     bounds = None if args.work == "merge" else _bounds(CheckpointReader(source), args)
     with lock_run_of(args.output):
         rewrite_checkpoint(source, args.output, bounds)
-    print(f"written: {args.output}")
+    manifest = CheckpointReader(args.output).manifest
+    tables, pieces = len(manifest.tables), sum(len(entry.pieces) for entry in manifest.tables.values())
+    print(
+        f"written: {args.output}, {counted(tables, 'table')} in {counted(pieces, 'piece')}, "
+        f"{binary_size(manifest.bytes)}"
+    )
     return 0
 
 

@@ -28,7 +28,7 @@ from lightning_dlrm.cli.report import data_words
 from lightning_dlrm.cli.trust import trusting_command
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
-from lightning_dlrm.contracts.terminal import counted, wrapped
+from lightning_dlrm.contracts.terminal import command_after, counted, wrapped
 from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.balance import check_ranks, make_plan, place_tables
@@ -257,9 +257,10 @@ def _place(
     print(wrapped([describe_setup(setup), ""]))
     print(describe_places(places, loads))
     option = yaml.safe_dump(on_host, default_flow_style=True, sort_keys=False, width=math.inf).strip()
-    print(f"--model.network.tables.on_host '{option}'")
     if settings.output is not None:
-        print(f"configuration written to {settings.output}; train with it:\n{fit_command}")
+        print(command_after(f"configuration written to {settings.output}; train with it:", fit_command))
+    words = "or, in place of that file, with the option:" if settings.output is not None else "train with the option:"
+    print(f"{words}\n  --model.network.tables.on_host '{option}'")
     return 0
 
 

@@ -87,7 +87,7 @@ def describe_plan(
 ) -> str:
     """Return a plan as text: tables of its ranks, split tables and tables with bags, and a line of its balance."""
     host = any(cost.host_bytes for cost in costs)
-    held, unit, size = held_unit(costs), *sent_unit(costs)
+    held, unit, size = held_unit(max(cost.bytes for cost in costs)), *sent_unit(costs)
     sizes = (held[0], "of it on host") if host else (held[0],)
     lines: list[tuple[str, ...]] = [
         ("rank", "pieces", "rows", *sizes, "requested", *(f"{unit} {what}" for what in ("ids", "vectors", "gradients")))
@@ -99,8 +99,8 @@ def describe_plan(
         lines.append(_line("largest", _summary(costs, max), host, held, size))
     text = [
         *aligned(lines, left=()),
-        "requested: rows, or sums of rows, that all ranks request from it in a step",
-        f"{unit} ids, vectors, gradients: what it sends in a training step",
+        "requested: rows, or sums of a bag's rows, looked up for all ranks in a step",
+        f"{unit} ids, vectors, gradients: what a rank sends in a training step",
     ]
     pieces_of = {load: plan.pieces_within(load.name, load.start, load.start + load.rows) for load in loads}
     cut = [load for load in loads if len(pieces_of[load]) > 1]
@@ -121,13 +121,11 @@ def describe_plan(
         ways: list[tuple[str, ...]] = [("table", "ids in a bag", f"{unit} as rows", f"{unit} as sums", "sent as")]
         for load, cost in bags:
             as_rows, as_sums = cost.sent_rows.sum() / size, cost.sent_sums.sum() / size
-            sums = f"{as_sums:,.1f}" if math.isfinite(as_sums) else "impossible"
+            sums = _in_unit(as_sums) if math.isfinite(as_sums) else "impossible"
             how = "sums" if load.name in plan.pooled else "rows"
-            ways.append((load.name, f"{load.indices_per_sample:.3g}", f"{as_rows:,.1f}", sums, how))
+            ways.append((load.name, f"{load.indices_per_sample:.3g}", _in_unit(as_rows), sums, how))
         text += ["", *aligned(ways, left=())]
-        text.append(
-            f"{unit}: ids, vectors and gradients of all ranks in a training step; sums: of a bag's rows on one rank"
-        )
+        text.append(f"{unit}: what all ranks send in a training step; sums: of a bag's rows on one rank")
     text += [
         "",
         f"{counted(len(loads), 'table')}, {len(loads) - len(cut)} whole, in {counted(len(plan.pieces), 'piece')} on "
@@ -155,11 +153,16 @@ def describe_places(places: HostPlacement, loads: Sequence[TableLoad]) -> str:
             place = f"host from row {places.cut[load.name]:,}"
         lines.append((load.name, f"{load.rows:,}", size, moved, served, place))
     table = "\n".join(aligned(lines, left=()))
+    unit, size_of_unit = held_unit(places.device_bytes)
+
+    def amount(size: float) -> str:
+        return f"{_in_unit(size / size_of_unit)} {unit}"
+
     return (
         f"{table}\nrows fetched: before each step, from host memory, and written back after it\n"
         "served: share of the lookups that read rows on the device\n\n"
-        f"device: {binary_size(places.device_bytes)}, of which {binary_size(places.cached_bytes)} for cached rows;\n"
-        f"host: {binary_size(places.host_bytes)}; a step moves {binary_size(places.bus_bytes)} either way"
+        f"device: {amount(places.device_bytes)}, of which {amount(places.cached_bytes)} for cached rows;\n"
+        f"host: {amount(places.host_bytes)}; a step moves {binary_size(places.bus_bytes)} either way"
     )
 
 
@@ -169,9 +172,21 @@ def sent_unit(costs: Sequence[RankCost]) -> tuple[str, int]:
     return ("MiB", 1 << 20) if largest >= 10 << 20 else ("KiB", 1 << 10)
 
 
-def held_unit(costs: Sequence[RankCost]) -> tuple[str, int]:
-    """Return the unit in which text and figure give what ranks hold, and its bytes."""
-    return ("GiB", 1 << 30) if max((cost.bytes for cost in costs), default=0) >= 1 << 30 else ("MiB", 1 << 20)
+def held_unit(largest: float) -> tuple[str, int]:
+    """Return the unit in which text and figure give all amounts up to the largest, and its bytes."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if largest >= size:
+            return unit, size
+    return "KiB", 1 << 10
+
+
+def _in_unit(amount: float, digits: int = 1) -> str:
+    """Format an amount with some digits after the point, and more if it would look like nothing.
+
+    >>> _in_unit(1234.56), _in_unit(0.0), _in_unit(0.0042)
+    ('1,234.6', '0.0', '0.004')
+    """
+    return f"{amount:,.{digits}f}" if not 0 < amount < 0.5 * 10**-digits else f"{float(f'{amount:.1g}'):f}".rstrip("0")
 
 
 def _line(name: str, cost: RankCost, host: bool, held: tuple[str, int], unit: int) -> tuple[str, ...]:
@@ -180,9 +195,9 @@ def _line(name: str, cost: RankCost, host: bool, held: tuple[str, int], unit: in
         name,
         f"{cost.pieces:,}",
         f"{cost.rows:,}",
-        *(f"{amount / held[1]:,.{digits}f}" for amount in (cost.bytes, cost.host_bytes)[: 1 + host]),
+        *(_in_unit(amount / held[1], digits) for amount in (cost.bytes, cost.host_bytes)[: 1 + host]),
         f"{cost.work:,.0f}",
-        *(f"{amount / unit:,.1f}" for amount in sent),
+        *(_in_unit(amount / unit) for amount in sent),
     )
 
 
@@ -218,7 +233,7 @@ def _stack(axes: Any, width: float, amounts: Mapping[str, Sequence[float]]) -> l
 
 def _draw_held(axes: Any, loads: Sequence[TableLoad], costs: Sequence[RankCost], width: float) -> list[float]:
     """Draw what each rank holds by table, small tables together; return their sums, in the unit of the axis."""
-    unit, size = held_unit(costs)
+    unit, size = held_unit(max(cost.bytes for cost in costs))
     largest = sorted(loads, key=lambda load: -load.bytes)[:_TABLES_COLOURED]
     of_tables = {load.name: [cost.bytes_of_table.get(load.name, 0) / size for cost in costs] for load in largest}
     sums = _stack(axes, width, of_tables)
@@ -226,7 +241,7 @@ def _draw_held(axes: Any, loads: Sequence[TableLoad], costs: Sequence[RankCost],
     if len(loads) > len(largest):
         rest = [total - drawn for total, drawn in zip(totals, sums, strict=True)]
         axes.bar(range(len(costs)), rest, width, sums, label=f"{len(loads) - len(largest)} others", color="0.7")
-    axes.set_ylabel(f"tables and\noptimizer state, {unit}")
+    axes.set_ylabel(f"held by a rank, {unit}")
     return totals
 
 
@@ -246,9 +261,8 @@ def draw(
     ranks, width = [cost.rank for cost in costs], 0.8 if plan.ranks <= _RANKS_HATCHED else 1.0
 
     held_total = _draw_held(held, loads, costs, width)
-    held.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     requested = [cost.work for cost in costs]
-    work.bar(ranks, requested, width, color="0.6")
+    work.bar(ranks, requested, width, color="0.35")
     work.set_ylabel("embedding rows\nrequested in a step")
     work.yaxis.set_major_formatter("{x:,.0f}")
     unit, unit_bytes = sent_unit(costs)
@@ -263,9 +277,10 @@ def draw(
     )
     sent.set_ylabel(f"sent in a\ntraining step, {unit}")
     for axes, values in ((held, held_total), (work, requested), (sent, sums)):
-        mean = axes.axhline(statistics.fmean(values), color="black", linestyle=":", linewidth=1.2)
-    work.legend([mean], ["mean of the ranks"], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    sent.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        mean = statistics.fmean(values)
+        axes.axhline(mean, color="black", linestyle=":", linewidth=1.2, label="mean of the ranks")
+        axes.set_ylim(0, 1.08 * max(*values, mean))
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     sent.set_xlabel("rank")
     if plan.ranks <= 16:
         sent.set_xticks(ranks)

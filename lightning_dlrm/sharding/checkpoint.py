@@ -168,6 +168,13 @@ def resolve_checkpoint(folder: Path) -> Path:
     if found := [str(folder / name) for name in inner if (folder / name / MANIFEST).is_file()]:
         raise UserError(f"{folder} is not a checkpoint, but a folder with checkpoints: give {' or '.join(found)}")
     what = "is not a checkpoint folder (no manifest.json)" if folder.exists() else "does not exist"
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    if len(missing) > 1:
+        first = missing[-1]
+        near = nearest(first.name, [path.name for path in first.parent.glob("*/")])
+        near = near.replace("mean ", f"mean {str(first).removesuffix(first.name)}", 1)
+        expected = near or "; expected a folder such as runs/NAME/checkpoints/last"
+        raise UserError(f"checkpoint {folder} does not exist: there is no folder {first}{expected}")
     beside = [name for name in ("best", "last") if (folder.parent / name / MANIFEST).is_file()]
     meant = nearest(folder.name, beside)
     expected = meant or "; expected a folder such as runs/NAME/checkpoints/last"

@@ -18,7 +18,7 @@ _SHARES = (
     names.FORWARD_SHARE, names.BACKWARD_SHARE, names.UPDATE_SHARE, names.LIGHTNING_SHARE, names.DATA_WAIT_SHARE
 )  # fmt: skip
 _UNITS = {
-    "auc": "AUC, from 0.5 (chance) to 1",
+    "auc": "AUC (random predictions: 0.5)",
     "log_loss": "nats per sample",
     "normalized_entropy": "log loss / log loss of the click rate",
     "accuracy": "share of the samples, from 0 to 1",
@@ -278,15 +278,16 @@ def _describe(panel: Any) -> tuple[str, list[str]]:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Dashboard of {{ dashboard.title }}</title><style>
+<title>Outline of the dashboard of {{ dashboard.title }}</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .8rem; }
 .panels div { border: 1px solid #ccc; border-radius: .4rem; padding: .6rem .8rem; min-height: 5rem; }
 .panels span { color: #444; font-size: .85rem; overflow-wrap: anywhere; display: block; }
-</style></head><body><h1>Dashboard of {{ dashboard.title }}</h1>
+</style></head><body><h1>Outline of the dashboard of {{ dashboard.title }}</h1>
 <p>The layout of the W&amp;B workspace and report of
 {{ "the group " ~ dashboard.group if dashboard.group else "this project" }}: title, kind and metrics of each panel,
-without data. <code>python -m lightning_dlrm dashboard</code> with the same options but --output saves both.</p>
+without data. <code>python -m lightning_dlrm dashboard</code> with the same options, without --output, saves both
+at W&amp;B, with the data.</p>
 {% if dashboard.findings %}<ul>{% for line in dashboard.findings %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
 {% for name, words, panels in sections %}<h2>{{ name }}</h2><p>{{ words }}</p><div class="panels">
 {% for title, about in panels %}<div><strong>{{ title }}</strong>

@@ -6,13 +6,14 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from datamodules.generate.random import RandomSettings, generate_random
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.bench import figures, fit, peer, roofline
+from lightning_dlrm.bench import figures, fit, paper, peer, roofline
 from lightning_dlrm.bench.breakdown import OTHER, ROWS, by_kind, by_part, mark, marked_parts, profile_steps
 from lightning_dlrm.bench.contenders import (
     OurStep,
@@ -26,9 +27,10 @@ from lightning_dlrm.bench.contenders import (
 )
 from lightning_dlrm.bench.figures import draw_roofline
 from lightning_dlrm.bench.gpu import loss_targets, render_targets
-from lightning_dlrm.bench.measurement import times_as_fast
+from lightning_dlrm.bench.measurement import Measurement, times_as_fast
 from lightning_dlrm.bench.paper import OPERATORS
 from lightning_dlrm.bench.processes import Worker
+from lightning_dlrm.bench.rendering import headline, render
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.kernels.choice import choose
 from lightning_dlrm.models.network import model_size
@@ -302,3 +304,26 @@ def _copy(ours: torch.nn.Module, plain: PlainDLRM | PlainDCN) -> None:
 
 def _linears(module: torch.nn.Module) -> list[torch.nn.Linear]:
     return [layer for layer in module if isinstance(layer, torch.nn.Linear)]
+
+
+def test_a_table_of_one_round_has_no_spread_and_uncertain_rows_are_counted() -> None:
+    def row(implementation: Any, *seconds: float) -> Measurement:
+        return Measurement.of_rounds(
+            seconds, work="auc", case="some", implementation=implementation, device="cpu", precision="32-true",
+            batch_size=1, samples=10, floor_s=seconds[0] / 1234.5,
+        )  # fmt: skip
+
+    said = render([row("ours", 1.0), row("peer", 2.0)])
+    assert "spread" not in said and said.count(" 1,230\n") == 2
+    said = render([row("ours", 1.0, 1.1), row("peer", 2.0, 4.0)])
+    assert said.count("The spread is the time of the slowest round minus that of the fastest.") == 1
+    (warning,) = headline([row("ours", 1.0, 1.5), row("peer", 2.0, 4.0), row("baseline", 1.0, 1.1)])
+    assert "(peer) differ by 67% of their median (and those of 1 other row by less)" in warning
+
+
+def test_a_slow_profiler_is_named() -> None:
+    columns = {name: dict.fromkeys(paper.OPERATORS, 1.0) for name in ("ours", "baseline")}
+    steps = len(paper.OPERATORS)
+    assert "warning" not in paper.render_operators("32-true", columns, {"ours": steps, "baseline": steps})
+    said = paper.render_operators("32-true", columns, {"ours": steps / 2.1, "baseline": steps})
+    assert "warning: the profiler makes the step of ours over 2 times as long." in said

@@ -17,7 +17,13 @@ from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.terminal import binary_size
 from lightning_dlrm.sharding import checkpoint
-from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors, link_checkpoint, save_checkpoint
+from lightning_dlrm.sharding.checkpoint import (
+    CheckpointReader,
+    PieceTensors,
+    link_checkpoint,
+    resolve_checkpoint,
+    save_checkpoint,
+)
 from lightning_dlrm.sharding.collectives import reserve_port
 from lightning_dlrm.tables.table import TablePiece
 from tests.ranks import run_ranks
@@ -345,3 +351,14 @@ dist.destroy_process_group()
 def test_an_error_of_several_ranks_is_reported_by_one() -> None:
     said = sorted(text.strip().splitlines()[-1] for text in run_ranks(["-c", REPORTS], 2))
     assert said in (["False True of rank 1", "True False of rank 0"], ["False False of rank 0", "True True of rank 1"])
+
+
+def test_a_misspelt_folder_of_a_checkpoint_is_named_with_its_neighbour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/first/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"there is no folder runs/frist; did you mean runs/first\?$"):
+        resolve_checkpoint(Path("runs/frist/checkpoints/best"))
+    with pytest.raises(UserError, match="there is no folder other; expected a folder such as runs/NAME"):
+        resolve_checkpoint(Path("other/checkpoints/best"))

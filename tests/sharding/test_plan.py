@@ -378,7 +378,7 @@ def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
     said = capsys.readouterr().out
     assert "--model.network.tables.on_host '{C3: " in said
     fit = f"python -m lightning_dlrm fit --config dlrm.yaml --config {output}\n"
-    assert f"configuration written to {output}; train with it:\n{fit}" in said
+    assert f"configuration written to {output}; train with it:\n  {fit}or, in place of that file, with" in said
     on_host = yaml.safe_load(output.read_text())["model"]["network"]["init_args"]["tables"]["on_host"]
     assert list(on_host) == ["C3", "C12"] and 0 < on_host["C3"] < 10_131_227 and 0 < on_host["C12"] < 8_351_593
     assert main([*command, "--config", str(output), "--json"]) == 0

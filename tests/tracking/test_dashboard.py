@@ -126,7 +126,7 @@ def test_a_page_shows_the_dashboard_without_a_server(tmp_path: Path, capsys: pyt
     path = tmp_path / "board.html"
     assert main(["dashboard", "--project", "p", "--group", "g", "--comparison", "--output", str(path)]) == 0
     html = path.read_text()
-    heads = ("<h1>Dashboard of p: g</h1>", "<h2>Comparison</h2>", "<span>lines: ", "<span>bars: ")
+    heads = ("<h1>Outline of the dashboard of p: g</h1>", "<h2>Comparison</h2>", "<span>lines: ", "<span>bars: ")
     for words in (*heads, "validation AUC", "validation/log_loss", "GiB", "gpu.N.gpu"):
         assert words in html
     titles = re.findall("<strong>(.*?)</strong>", html)
