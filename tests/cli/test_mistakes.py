@@ -152,7 +152,7 @@ def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pyt
         (["fit", "--config", "dlrm.yaml", "--trainer.strategy", "embeding_sharded"], "mean embedding_sharded_ddp?"),
         (["predict", "--ckpt_path", "runs/x/checkpoints/best"], "--config runs/x/config.yaml"),
         (["preprocess", "--schema", "nosuch.yaml", "--input", "x", "--output", "y"], "shipped are datasets/avazu.yaml"),
-        (["bench", "stpe"], "WORK is stpe; did you mean step? Expected one of lookup, step"),
+        (["bench", "stpe"], "COMMAND is stpe; did you mean step? Expected one of lookup, step"),
         (["preprocess", "--dataset", "kagle", "--input", "x"], "--dataset is kagle; did you mean kaggle?"),
         (["params", "--config", "dlrm.yaml", "--ckpt_path", "x"], "params opens no checkpoint: leave --ckpt_path out"),
         (["fit", "--config", "dlrn.yaml"], "no configuration dlrn.yaml here; did you mean dlrm.yaml?"),
