@@ -324,6 +324,3 @@ class Clicks(FolderData):
         )
         super().__init__(path, **options)
         self.path = path
-        if type(self) is Clicks and self.folder.local is not None:
-            # Other classes may generate their data; a URL is read when it is needed.
-            load_schema(self.folder)

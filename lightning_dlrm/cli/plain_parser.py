@@ -54,13 +54,13 @@ class HelpParser(argparse.ArgumentParser):
         if match := re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL):
             return words_of_fault(long_form(match[1]), match[2])
         if match := re.fullmatch(r"the following arguments are required: (.*)", message):
-            return self._words_of_missing([long_form(name) for name in match[1].split(", ")])
+            return self.words_of_missing([long_form(name) for name in match[1].split(", ")])
         if match := re.fullmatch(r"one of the arguments (.*) is required", message):
             names = match[1].split()
             return f"{_joined(names, 'or')} is missing: give one of them"
         return message
 
-    def _words_of_missing(self, names: Sequence[str]) -> str:
+    def words_of_missing(self, names: Sequence[str]) -> str:
         """Return which arguments are missing, and how they are given."""
         actions = {name: action for action in self._actions for name in _names(action)}
         first = actions.get(names[0])
@@ -101,17 +101,17 @@ class PlainParser(HelpParser):
         self._given = sys.argv[1:] if args is None else list(args)
         found, rest = super().parse_known_args(args, namespace)
         if rest:
-            self.error(self._words_of_unknown(rest[0]))
+            self.error(self.words_of_unknown(rest[0]))
         return found, rest
 
-    def _words_of_missing(self, names: Sequence[str]) -> str:
+    def words_of_missing(self, names: Sequence[str]) -> str:
         """Return that an option is unknown, which may be a required one with a typing error, or what is missing."""
         known = self._known()
         options = [word.partition("=")[0] for word in self._given if word.startswith("--") and word != "--"]
         unknown = [name for name in options if name not in known and name != "--debug"]
-        return self._words_of_unknown(unknown[0]) if unknown else super()._words_of_missing(names)
+        return self.words_of_unknown(unknown[0]) if unknown else super().words_of_missing(names)
 
-    def _words_of_unknown(self, word: str) -> str:
+    def words_of_unknown(self, word: str) -> str:
         return f"unknown {_noun(word)} {word}{nearest(word, self._known())}"
 
     def _known(self) -> Sequence[str]:

@@ -639,7 +639,7 @@ def test_report_fits_80_columns_and_says_what_it_counts(tmp_path: Path) -> None:
         "table rows: rows of the embedding table: of values, and reserved ones for missing and rare values (such as "
         "rows 0 and 1) 100 rows read",
         "100 rows read, 100 rows written in",
-        "MiB of memory (all processes together)",
+        "iB of memory (all processes together)",
     ):
         assert words in text
 
@@ -830,7 +830,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     *bars, last = terminal.getvalue().split("\r")
     assert any(bar.startswith("read     0%|") for bar in bars) and "\n" not in "".join(bars)
     # It takes the place of the bar.
-    assert last.startswith("read         12,340 rows ") and last.count("\n") == 1
+    assert last.startswith("read        12,340 rows ") and last.count("\n") == 1
 
 
 def test_starts_without_torch() -> None:
