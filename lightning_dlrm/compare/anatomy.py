@@ -19,7 +19,7 @@ import torch
 from lightning_dlrm.bench.breakdown import KINDS, by_kind, profile_steps
 from lightning_dlrm.cli.parser import build_model_and_data
 from lightning_dlrm.cli.version import code_version
-from lightning_dlrm.compare.runs import Arm, Run
+from lightning_dlrm.compare.runs import STEADY, Arm, Run
 from lightning_dlrm.contracts.documents import read_json
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.terminal import binary_size
@@ -106,10 +106,6 @@ def _sharding(run: Run, loads: Sequence[TableLoad], ranks: int, batch_size: int)
 # --- time of a step ---------------------------------------------------------------------------------
 
 
-STEADY = 1.5
-"""Largest ratio of two times that are compared."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
     """Measured steps of configurations beside those of their training."""
@@ -146,9 +142,11 @@ def measure_steps(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy], cache: 
         anatomies: configuration -> its anatomy.
         cache: file with earlier measurements; those that are like the training are added to it, and not made again.
     """
-    if not all(steady(arm, names.SAMPLES_PER_SECOND) for arm in arms):
-        note = "any configuration: the speeds of runs of one configuration differ by a factor of more than 1.5, so the "
-        note += "machine was not quiet; to compare times, train again on a quiet machine, with another --output"
+    if not all(arm.is_steady(names.SAMPLES_PER_SECOND) for arm in arms):
+        note = (
+            "any configuration: the speeds of runs of one configuration differ by a factor of more than 1.5, so the "
+            "machine was not quiet; to compare times, train again on a quiet machine, with another --output"
+        )
         return StepTimes(alone={}, in_training={}, notes=[note])
     known = _known(cache)
     alone, notes, in_training = {}, [], {}
@@ -165,21 +163,10 @@ def measure_steps(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy], cache: 
             log.info("measuring one step of %s by operator", arm.name)
             times = measure(arm.runs[0])
             if _alike(times, in_training[arm.name]):
-                RunFolder(cache.parent).write_json(cache.name, known := known | {key: times})
+                known[key] = times
+                RunFolder(cache.parent).write_json(cache.name, known)
         alone[arm.name] = times
     return StepTimes(alone=alone, in_training=in_training, notes=notes)
-
-
-def span(arm: Arm, name: str) -> tuple[float, float]:
-    """Return the smallest and the largest value of a metric at the end of a configuration's runs."""
-    values = [run.final[name] for run in arm.runs if run.final.get(name) is not None]
-    return min(values, default=0.0), max(values, default=0.0)
-
-
-def steady(arm: Arm, name: str) -> bool:
-    """Whether a time differs at most 1.5 times between the runs of a configuration."""
-    low, high = span(arm, name)
-    return high <= STEADY * low
 
 
 def _alike(alone: Mapping[str, float], in_training: float) -> bool:

@@ -112,12 +112,9 @@ class Pair:
     @property
     def headline(self) -> str:
         """Return the verdict in a few words, and which side did not train."""
-        untrained = f"{' and '.join(self.untrained)} did not train"
-        return (
-            f"{self._verdict_words}{', but ' if self.decided else '; '}{untrained}"
-            if self.untrained
-            else (self._verdict_words)
-        )
+        if not self.untrained:
+            return self._verdict_words
+        return f"{self._verdict_words}{', but' if self.decided else ';'} {' and '.join(self.untrained)} did not train"
 
     @property
     def _verdict_words(self) -> str:
@@ -153,6 +150,7 @@ class Pair:
 
 
 def same_data(a: Arm, b: Arm) -> bool:
+    """Return whether two configurations were trained and scored on the same data."""
     same: bool = a["data_fingerprint"] == b["data_fingerprint"]
     return same
 

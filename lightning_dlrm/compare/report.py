@@ -10,7 +10,7 @@ import numpy as np
 
 from lightning_dlrm.bench.breakdown import KINDS
 from lightning_dlrm.cli.report import rounded
-from lightning_dlrm.compare.anatomy import Anatomy, StepTimes, span
+from lightning_dlrm.compare.anatomy import Anatomy, StepTimes
 from lightning_dlrm.compare.drawing import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.experiment import PlannedArm
 from lightning_dlrm.compare.numbers import in_column, p_text
@@ -136,7 +136,7 @@ def _costs(comparison: Comparison, anatomies: Mapping[str, Anatomy], steps: Step
         """Return a column of times or rates: the medians, or, if they vary, the lowest and the highest."""
         steady = comparison.steady(name)
         return in_column(
-            [sorted(of(arm, end) for end in ([arm.median(name)] if steady else span(arm, name)) if end) for arm in arms]
+            [sorted(of(arm, end) for end in ([arm.median(name)] if steady else arm.span(name)) if end) for arm in arms]
         )
 
     def vary(name: str) -> str:

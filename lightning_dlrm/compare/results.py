@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from lightning_dlrm.cli.report import published_notes
-from lightning_dlrm.compare.anatomy import span, steady
 from lightning_dlrm.compare.options import Split
 from lightning_dlrm.compare.pairs import Pair, make_pair, same_data, with_one_seed
 from lightning_dlrm.compare.runs import Arm, Run, by_data, data_differences
@@ -145,7 +144,7 @@ class Comparison:
 
         If it differs more, times say nothing about the configurations.
         """
-        return all(steady(arm, name) for arm in self.arms)
+        return all(arm.is_steady(name) for arm in self.arms)
 
     @cached_property
     def reliability(self) -> dict[str, Reliability]:
@@ -218,7 +217,7 @@ CLICK_RATE_ALONE = "click rate alone"
 
 def sample_counts(arm: Arm) -> str:
     """Return the number of samples that a configuration's runs were trained on; both ends if it varies."""
-    return " to ".join(f"{count:,.0f}" for count in dict.fromkeys(span(arm, names.SAMPLES)))
+    return " to ".join(f"{count:,.0f}" for count in dict.fromkeys(arm.span(names.SAMPLES)))
 
 
 def check_data(runs: Sequence[Run], force: bool) -> list[str]:

@@ -36,6 +36,8 @@ NEEDED = (
 )  # fmt: skip
 """Keys of a run's summary without which it cannot be compared."""
 
+STEADY = 1.5
+"""Largest ratio of two times that are compared."""
 
 _GENERATED = ("demo", "random", "trace")
 """Names of the datasets that ``generate`` writes."""
@@ -123,6 +125,16 @@ class Arm:
     def median(self, name: str) -> float:
         """Return the median over the runs of a number at their end; NaN if one of them lacks it."""
         return float(np.median([run.final.get(name, np.nan) for run in self.runs]))
+
+    def span(self, name: str) -> tuple[float, float]:
+        """Return the smallest and the largest value of a number at the end of the runs; zeros without one."""
+        values = [run.final[name] for run in self.runs if run.final.get(name) is not None]
+        return min(values, default=0.0), max(values, default=0.0)
+
+    def is_steady(self, name: str) -> bool:
+        """Return whether a time differs at most ``STEADY`` times between the runs."""
+        low, high = self.span(name)
+        return high <= STEADY * low
 
     def __getitem__(self, name: str) -> Any:
         """Return a number that does not depend on the seed, such as ``parameters/total``."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning_dlrm
-from lightning_dlrm.compare.anatomy import span
 from lightning_dlrm.compare.runs import Arm, differing, format_value, within
 from lightning_dlrm.tracking import names
 
@@ -22,7 +21,7 @@ _RATES = ("learning_rate", "lr")
 def settings_of_runs(arm: Arm) -> dict[str, Any]:
     """Return a configuration's settings by full keys, with its steps, and the precision and schedule that a missing
     setting stands for."""
-    steps = " to ".join(f"{count:,.0f}" for count in dict.fromkeys(span(arm, names.STEP)))
+    steps = " to ".join(f"{count:,.0f}" for count in dict.fromkeys(arm.span(names.STEP)))
     missing = {"trainer.precision": "32-true"}
     if not any(within(key, ["model.schedule"]) for key in arm.settings):
         missing["model.schedule.class_path"] = "none"

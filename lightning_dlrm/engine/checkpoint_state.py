@@ -128,7 +128,8 @@ def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) 
 
 
 def check_setup(module: "CTRModule") -> None:
-    """
+    """Check the trainer and the data of a module before a fit or an evaluation.
+
     Raises:
         UserError: the trainer saves or opens checkpoints as single files, or its data have another encoding than those
             that the module was made for.

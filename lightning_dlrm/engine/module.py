@@ -120,7 +120,7 @@ class CTRModule(pl.LightningModule):
         self.validation, self.test = Evaluation(names.VALIDATION), Evaluation(names.TEST)
         self.results: dict[str, float] = {}
         """Metrics of the last evaluation, in full precision."""
-        self.chance = ""  # see Evaluation.warn_of_chance; of the last validation of a fit
+        self.chance = ""  # why the AUC of a fit's last validation is no better than random, on rank 0
         self.curves: ClickCurves | None = None
         """Curves of the last evaluation."""
         self.averaging = None if averaging is None else AverageForEvaluation(averaging)

@@ -1,7 +1,7 @@
 """DCN: Deep & Cross Network (Wang et al. 2017, arXiv:1708.05123; v2: Wang et al. 2021, arXiv:2008.13535).
 
-Shape suffixes: B samples, d features, r rank, E experts. The initial weights of cross networks are Xavier
-normal, their initial biases are zero.
+Shape suffixes: B samples, d features, r rank, E experts. The initial weights of cross networks are Xavier normal, their
+initial biases are zero.
 """
 
 from collections.abc import Mapping, Sequence

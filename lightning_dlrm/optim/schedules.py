@@ -100,7 +100,7 @@ class StepSchedule(LRScheduler):
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in ("last_epoch", "total_steps") if name in vars(self)}
+        return {name: getattr(self, name) for name in ("last_epoch", "total_steps") if hasattr(self, name)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the step of a saved state, which may be that of a scheduler of torch."""
