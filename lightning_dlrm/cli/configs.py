@@ -77,6 +77,11 @@ def _resolve_run_config(name: str) -> str:
         f"{name} is the schema of a raw log: python -m lightning_dlrm preprocess --schema {name} --input FILES "
         "--output DIR",
     )
+    for key, value in flat(content).items():
+        require(
+            not key.endswith("class_path") or value is None or isinstance(value, str),
+            f"{name}: {key} is {value}; expected the name of a class, such as DLRM",
+        )
     document, notes = update_document(content)
     log_updates(name, notes)
     return yaml.safe_dump(document, sort_keys=False) if notes else str(path)
@@ -94,8 +99,7 @@ def replaced_classes(arguments: Sequence[str]) -> list[str]:
         is_whole = "model.network.class_path" in settings
         for key in ("model.network.class_path", "data.class_path"):
             found = settings.get(key)
-            if not isinstance(found, str):
-                # The parser refuses anything but a name.
+            if found is None:
                 continue
             file, before = chosen.get(key, (name, found))
             if is_whole and before.rpartition(".")[2] != found.rpartition(".")[2]:

@@ -186,8 +186,12 @@ def test_a_later_configuration_that_replaces_the_data_or_the_network_is_named() 
     assert replaced_classes(["--config", "dlrm.yaml", "--config", "own_data.yaml", "--config", "small.yaml"]) == []
 
 
-@pytest.mark.parametrize("wrong", ["[DLRM]", "5", "{a: 1}"])
-def test_a_class_that_is_no_name_is_left_to_the_parser(wrong: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("wrong", "found"), [("[DLRM]", "['DLRM']"), ("5", "5")])
+def test_a_class_that_is_no_name_is_refused(
+    wrong: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(f"model:\n  network:\n    class_path: {wrong}\n")
-    assert replaced_classes(["--config", "dlrm.yaml", "--config", str(file)]) == []
+    assert main(["fit", "--config", "dlrm.yaml", "--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert f"bad.yaml: model.network.class_path is {found}; expected the name of a class, such as DLRM" in said
