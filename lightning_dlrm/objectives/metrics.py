@@ -17,7 +17,9 @@ from torchmetrics import Metric
 
 from lightning_dlrm.contracts.batch import NO_GROUP
 
-_CHUNK = 1 << 20  # samples of a chunk, whose float64 and int64 copies stay small
+# Samples of a chunk. Its copies stay in the caches, and torch computes so few values on one thread: on a busy machine,
+# threads that wait for each other take several times as long.
+_CHUNK = 1 << 15
 _RANGE = 16.0  # logits beyond it, with probabilities within 1.1e-7 of 0 or 1, are counted in the outermost cells
 _CELLS = 4096
 _POINTS = 100
@@ -293,7 +295,7 @@ def sample_chunks(scores: Samples, labels: Samples) -> Iterator[tuple[Tensor, Te
 
 def _sorted_by_class(scores: Sequence[Tensor], labels: Sequence[Tensor], dtype: torch.dtype) -> tuple[NDArray, NDArray]:
     """Return the ascending scores of the samples with label 0, and of those with label 1."""
-    positives = sum(int((labels_n > 0).sum()) for labels_n in labels)
+    positives = sum(int((labels_n > 0).sum()) for _, labels_n in sample_chunks(scores, labels))
     negatives = sum(len(labels_n) for labels_n in labels) - positives
     classes = tuple(torch.empty(count, dtype=dtype).numpy() for count in (negatives, positives))
     filled = [0, 0]
