@@ -217,14 +217,12 @@ class StopAtAUC(pl.Callback):
 
 
 class StopOnSignal(pl.Callback):
-    """Callback that ends a command after SIGTERM or SIGUSR1, on all ranks after the same batch.
-
-    With several ranks, SIGINT ends it in the same way.
+    """Callback that ends a command after SIGTERM, SIGINT or SIGUSR1, on all ranks after the same batch.
 
     A fit is saved first: at the end of the optimizer step or, if a validation is due there, at the checkpoint before
-    it. Lightning ends a fit on SIGTERM without saving it. With several ranks its handler broadcasts, which blocks if
-    the signal comes amid another collective, and SIGINT to one rank would reach the others as a lost connection; so
-    there this callback takes both signals. A second SIGINT interrupts at once.
+    it. Lightning ends a fit on SIGTERM and SIGINT without saving it; with several ranks its handler broadcasts, which
+    blocks if the signal comes amid another collective, and SIGINT to one rank would reach the others as a lost
+    connection. So this callback takes the signals. A second SIGINT interrupts at once.
 
     Args:
         checkpoints: the callback that saves the fit; None if nothing is to be saved.
@@ -236,7 +234,7 @@ class StopOnSignal(pl.Callback):
     def __init__(self, checkpoints: RunCheckpoints | None) -> None:
         self._checkpoints = checkpoints
         self._received = 0
-        self._is_first_rank = False
+        self._note = b""
         self.agreed = 0
         """The signal on which all ranks end; 0 for none."""
 
@@ -246,14 +244,15 @@ class StopOnSignal(pl.Callback):
             self._received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            if self._is_first_rank:
-                # Standard error may be a pipe or a terminal that is gone.
-                with contextlib.suppress(OSError):
-                    os.write(2, b"\nall ranks end after one of the next steps; Ctrl-C again ends at once\n")
+            # Standard error may be a pipe or a terminal that is gone.
+            with contextlib.suppress(OSError):
+                os.write(2, self._note)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._is_first_rank = trainer.is_global_zero
-        if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
+        if trainer.is_global_zero:
+            saved = b": the fit is saved first" if self._checkpoints is not None else b""
+            self._note = b"\nending soon%b; Ctrl-C again ends at once\n" % saved
+        if threading.current_thread() is not threading.main_thread():
             return
         # Lightning has set its handler by now, and restores the handler of before at the end.
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
@@ -283,6 +282,10 @@ class StopOnSignal(pl.Callback):
             raise SIGTERMException
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A signal during the last batch.
+        self.on_validation_batch_start(trainer, pl_module, None, 0)
 
     def _ask(self, trainer: pl.Trainer, batches: int) -> None:
         """Learn whether a rank has received a signal, after ``EVERY`` batches."""
