@@ -35,7 +35,7 @@ SHORT = [*FIT, "--trainer.max_steps=6", "--trainer.val_check_interval=4", "--che
 
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "starting": (CTRModule, "configure_optimizers", 1),
-    "stepping": (CTRModule, "training_step", 4),
+    "stepping": (CTRModule, "training_step", 5),
     "saving": (checkpoint, "save_file", 40),
     "renaming": (checkpoint, "_publish", 3),
     "validating": (CTRModule, "validation_step", 1),
@@ -72,7 +72,7 @@ def test_a_signal_loses_nothing(
     told = [record.getMessage() for record in caplog.records if "interrupted at step" in record.getMessage()]
     assert len(told) == 1, told
     # The step during which the signal comes is saved.
-    assert moment != "stepping" or told[0].startswith("interrupted at step 4;")
+    assert moment != "stepping" or told[0].startswith("interrupted at step 5;")
     again = re.search(r"continue with: python -m lightning_dlrm (.*)", told[0])
     assert again is not None or "before the first checkpoint" in told[0]
     assert not left_over(Path("run"))
