@@ -31,7 +31,8 @@ from datamodules.folder import Folder, load_schema
 from datamodules.generate.profiles import Profiler, TraceSource, save_profiles
 from datamodules.parquet import open_part, read_slices
 from datamodules.preprocess.criteo_tsv import BadLineError, parse, parse_good
-from datamodules.preprocess.inspection import render, summary
+from datamodules.preprocess.inspection import summary
+from datamodules.preprocess.inspection_text import render
 from datamodules.preprocess.journal import discard_damaged, record, recorded
 from datamodules.preprocess.pipeline import Run, Target
 from datamodules.preprocess.protocols import PROTOCOLS

@@ -368,12 +368,12 @@ def _run_trace(args: argparse.Namespace) -> int:
         print(f"profiles of {', '.join(source.tables)} are in {args.profile}")
     if args.output is not None:
         make = partial(generate_trace, source, settings, args.output, profiles=profiles)
-        _make(args.output, make, _shape, partial(_report_fit, profiles, args.output, args.plot))
+        _make(args.output, make, _shape, partial(_report_fit, profiles, args))
     return 0
 
 
-def _report_fit(originals: list[Profile], folder: Path, plot: Path | None) -> None:
-    generated = TraceSource(folder).profiles()
+def _report_fit(originals: list[Profile], args: argparse.Namespace) -> None:
+    generated = TraceSource(args.output).profiles()
     print(render_fits([measure_fit(*pair) for pair in zip(originals, generated, strict=True)]))
     for original, copy in zip(originals, generated, strict=True):
         if copy.accesses > original.accesses and original.distinct < original.rows:
@@ -382,9 +382,9 @@ def _report_fit(originals: list[Profile], folder: Path, plot: Path | None) -> No
                 f"the accesses to the power of {original.growth:.2f}, up to the {original.rows:,} rows of the table: "
                 f"{copy.distinct:,} unique rows after {copy.accesses:,} accesses"
             )
-    if plot is not None:
-        plot_fits(originals, generated, plot)
-        print(f"the fit is drawn in {plot}")
+    if args.plot is not None:
+        plot_fits(originals, generated, str(args.source or args.profile), args.plot)
+        print(f"{args.plot} compares the generated accesses with the original ones")
 
 
 def _make(

@@ -282,17 +282,20 @@ def check_plot(path: Path) -> None:
     )
 
 
-def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], path: Path) -> None:
+def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], source: str, path: Path) -> None:
     """Draw stack distances, hit rates and distinct rows of each column, original and generated.
 
     Args:
         originals, generated: profiles of the same columns, in the same order.
+        source: name of the original data.
         path: the picture, such as a .png or .pdf.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogFormatter, LogLocator, NullLocator
 
-    figure = Figure(figsize=(13, 3.6 * len(originals)), layout="constrained")
+    figure = Figure(figsize=(13, 3.6 * len(originals) + 0.8), layout="constrained")
+    title = "in a good fit, each dashed line covers its thick line"
+    figure.suptitle(f"Accesses of {source}, original and generated: {title}", x=0.01, ha="left", weight="bold")
     axes = figure.subplots(len(originals), 3, squeeze=False)
     for row, original, copy in zip(axes, originals, generated, strict=True):
         accesses = min(original.accesses, copy.accesses)
@@ -302,7 +305,7 @@ def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], path: 
         ):
             _draw(row, profile, accesses, {"label": name, **style})
         distances, hits, distinct = row
-        distances.set(xscale="log", ylim=(0, None), xlabel="stack distance, rows", ylabel="accesses in an octave, %")
+        distances.set(xscale="log", ylim=(0, None), xlabel="stack distance, rows", ylabel="accesses, %")
         first = original.beginning(accesses)[0] / accesses
         hits.axhline(100 * (1 - first), color="0.45", linestyle=":", linewidth=1.2)
         note = f"{first:.0%} are first accesses to a row: no cache serves them"
@@ -313,13 +316,16 @@ def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], path: 
         distinct.set(xscale="log", yscale="log", xlabel="accesses", ylabel="unique rows")
         distinct.yaxis.set_major_formatter("{x:,.0f}")
         distinct.yaxis.set_minor_formatter(LogFormatter())  # of a small table: 24, not 2.4 times ten to the 1
-        distances.set_title(f"{original.column}: stack distances", loc="left")
-        hits.set_title("Hit rate of an LRU cache", loc="left")
-        distinct.set_title("Unique rows", loc="left")
+        distances.set_title(f"{original.column}: stack distances, in ranges 2^n to 2^(n+1)", loc="left")
+        hits.set_title(f"{original.column}: hit rate of an LRU cache", loc="left")
+        distinct.set_title(f"{original.column}: unique rows", loc="left")
         for ax in row:
             ax.grid(color="0.92")
             ax.set_axisbelow(True)
             ax.spines[["top", "right"]].set_visible(False)
+            if ax.get_xlim()[1] < 20 * ax.get_xlim()[0]:  # of a small table: 1, 2, 4, 8
+                ax.xaxis.set_major_locator(LogLocator(2))
+                ax.xaxis.set_minor_locator(NullLocator())
             ax.xaxis.set_major_formatter("{x:,.0f}")
         distinct.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=110)

@@ -203,7 +203,8 @@ def encode_part(job: PartJob) -> Part:
     encoding = job.encoding
     if (facts := recorded(job.record_path)) is None:
         segments = load_segments(encoding.segments)
-        cells = {table.name: dict.fromkeys(PLACEHOLDER_IDS, 0) for table in encoding.tables}
+        kinds = tuple(PLACEHOLDER_IDS)
+        cells = {table.name: dict.fromkeys((*kinds, "values") if table.bag else kinds, 0) for table in encoding.tables}
         sizes = dict.fromkeys(encoding.recipe.unscaled, (0, 0.0, 0.0))
         with scratch_folder(encoding, job.record_path.name) as scratch, ExitStack() as stack:
             writer = SplitWriter(scratch, job.split, job.columns, job.part, encoding.recipe.dense_dictionaries)
@@ -252,6 +253,8 @@ def _encoded(
         missing = codes == len(ids) - 1  # whatever value they count as
         ids = ids.take(codes)
         cells[table.name]["missing"] += int(np.count_nonzero(missing))
+        if table.bag:
+            cells[table.name]["values"] += len(codes)
         for kind, of_kind in PLACEHOLDER_IDS.items():
             cells[table.name][kind] += int(np.count_nonzero((ids == of_kind) & ~missing))
         replace_placeholders(ids, column)

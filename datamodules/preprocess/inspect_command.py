@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.folder import Folder, check_sizes, load_schema, part_files, verify
-from datamodules.preprocess.inspection import render, summary
+from datamodules.preprocess.inspection import summary
+from datamodules.preprocess.inspection_text import render
 from datamodules.preprocess.leakage import equal_rows
 from datamodules.preprocess.protocols import PROTOCOLS
 from datamodules.preprocess.report import one_label_warnings
@@ -15,9 +16,9 @@ from datamodules.preprocess.skew import all_skews, check_figure, draw
 from lightning_dlrm.contracts.terminal import line_width, wrapped
 
 _DESCRIPTION = """\
-Show what a dataset folder holds: its splits, how the rows were split, its columns and their encoding, the rows of the
-tables, missing and unknown values, and how few ids most lookups go to. Of generated demo data also the best scores
-that any model can reach.
+Show what a dataset folder holds: the rows and the share of positive labels of each split; the role, missing and unknown
+values and table rows of each column; what is suspicious; how columns are encoded. For demo data, also the best
+scores that any model can reach.
 
 examples:
   python -m lightning_dlrm inspect data/kaggle
@@ -30,7 +31,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "folder": {"metavar": "DIR", "help": "dataset folder of preprocess or generate; path or URL"},
     "--verify": {"action": "store_true", "help": "read every file and compare its checksum"},
     "--leakage": {"action": "store_true", "help": "count rows with equal features, within and between splits"},
-    "--plot": {"type": Path, "metavar": "FILE", "help": "draw table sizes and skew of ids: .png, .pdf or .svg"},
+    "--plot": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "draw table sizes and the spread of lookups: .png, .pdf or .svg",
+    },
     "--json": {"action": "store_true", "help": "print one JSON object instead of tables"},
 }
 
@@ -62,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         facts["leakage"] = equal_rows(folder, schema)
     if args.plot is not None:
         protocol = f", protocol {schema.protocol}" if schema.protocol in PROTOCOLS else ""
-        title = f"Tables of {folder} ({schema.dataset} data{protocol}, {facts['rows']:,} rows)"
+        title = f"Tables of dataset {schema.dataset}{protocol}, {facts['rows']:,} rows"
         draw(list(all_skews(folder, schema)), title, args.plot)
     if args.json:
         print(json.dumps(facts, indent=1))
@@ -76,5 +81,5 @@ def run(args: argparse.Namespace) -> int:
         else "the sizes of all files match; --verify compares their checksums too"
     )
     if args.plot is not None:
-        print(f"{args.plot} shows the sizes of the tables and the skew of their ids")
+        print(f"{args.plot} shows the table sizes, and how lookups are spread over ids")
     return 0

@@ -74,7 +74,7 @@ from lightning_dlrm.contracts.schema import (
 
 BAD_ROWS_FILE = "bad_rows.tsv"
 
-VERSION = 6
+VERSION = 7
 """Incremented if the same input would give other bytes, so that no run resumes with files of another release."""
 
 _SEGMENTS_A_JOB = 64

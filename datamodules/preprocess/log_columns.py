@@ -131,6 +131,7 @@ def segment_of(tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, An
             found = pa.ListArray.from_arrays(found.offsets, _with_missing(found.values, ""))
             distinct[staged] = len(found.values.dictionary) - 1
             items[name] = len(found.values)
+            missing[staged] = int(np.count_nonzero(np.diff(found.offsets) == 0))
         elif kind == "keep":
             kept[name] = _kept_type(found)
         columns[staged] = found

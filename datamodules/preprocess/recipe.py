@@ -278,11 +278,13 @@ class Recipe:
         return tuple(Column(name=name + WEIGHTS_SUFFIX, role="weights") for name in weighted)
 
     def missing_sources(self) -> dict[str, str]:
-        """Return the columns whose missing values are reported, each with its column of segments."""
+        """Return the columns whose missing values, or empty lists, are reported, each with its column of segments."""
         # For Criteo, the log's columns: I1 is reported once, and not again as B1, which is made of it.
         return {
-            (column.source or name) if self.of_criteo else name: staged_name(column.form, column.source or name)
-            for role in ("dense", "categorical")
+            (column.source or name) if self.of_criteo else name: staged_name(
+                column.form, name if column.form == "bag" else column.source or name
+            )
+            for role in ("dense", "categorical", "multi_hot")
             for name, column in self.schema.columns.items()
             if column.role == role
         }

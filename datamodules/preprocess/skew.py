@@ -4,6 +4,7 @@
 differ in shape and line style, so that the figure is readable in black and white.
 """
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,13 @@ _CURVE_POINTS = 200
 
 _MOST_TABLES = 60  # of which the figure still has readable rows
 _NAMED_CURVES = 6
+_INCHES = 4.0  # width of the figure
+_FONT = 7.5
+_LABELS = 0.45  # inches of the labels below axes
 _SHOWN_SHARE = 0.005  # of the lookups, from which on curves are of interest
 _LEAST = 0.7  # of an axis of ids, so that a mark at 1 is whole
 # Marker, colour inside and size, for each of SHARES: larger ones lie below, so that marks at one place are all seen.
-_MARKS = (("o", "white", 4.5), ("^", "0.75", 7), ("D", "black", 9))
+_MARKS = (("o", "white", 3), ("^", "0.75", 4.5), ("D", "black", 5.5))
 _MOSTLY_ONCE = 0.5  # share of ids that occur once, from which on a table is marked
 # Colours of Okabe and Ito, which differ in lightness too; each with a line style of its own.
 _CURVES = (
@@ -206,25 +210,29 @@ def draw(skews: Sequence[Skew], title: str, path: Path) -> None:
 
     largest = sorted(skews, key=lambda skew: -skew.column.cardinality)
     shown = [skew for skew in skews if skew in largest[:_MOST_TABLES]]
-    figure = Figure(figsize=(13, max(4.0, 2.2 + 0.23 * len(shown))), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    figure.suptitle(title, fontsize=13, weight="bold", x=0.01, ha="left")
-    _draw_sizes(left, shown, len(skews))
-    _draw_curves(right, skews, largest[:_NAMED_CURVES])
-    # Below the axes: inside them they would hide bars or curves of some dataset.
-    style = {"fontsize": 9.5, "frameon": False, "columnspacing": 1.5}
-    handles, labels = left.get_legend_handles_labels()
+    heights = (max(1.2, 0.17 * len(shown)), 2.3)
+    # A column of a printed page is about this wide, so that text keeps its size there.
+    figure = Figure(figsize=(_INCHES, sum(heights) + 3.2), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 44), fontsize=10, weight="bold", x=0.01, ha="left")
+    above, below = figure.subplots(2, 1, height_ratios=heights)
+    _draw_sizes(above, shown, len(skews))
+    _draw_curves(below, skews, largest[:_NAMED_CURVES])
+    handles, labels = above.get_legend_handles_labels()
     # The smallest share first; it is drawn last.
     marks = len(SHARES)
     handles[:marks], labels[:marks] = handles[marks - 1 :: -1], labels[marks - 1 :: -1]
-    figure.legend(handles, labels, loc="outside lower left", ncols=1, handlelength=2, **style)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=4, handlelength=4, **style)
-    for axes in (left, right):
+    # Below the axes: inside them they would hide bars or curves of some dataset.
+    style = {"fontsize": _FONT, "frameon": False, "loc": "upper left", "borderaxespad": 0.0}
+    above.legend(handles, labels, bbox_to_anchor=(0, -_LABELS / heights[0]), handlelength=1.5, **style)
+    names = below.get_legend_handles_labels()
+    below.legend(*names, bbox_to_anchor=(0, -_LABELS / heights[1]), ncols=3, handlelength=3.5, columnspacing=1, **style)
+    for axes in (above, below):
+        axes.tick_params(labelsize=_FONT)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
         axes.set_axisbelow(True)
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=220)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error}); choose another --plot FILE") from error
 
@@ -232,15 +240,15 @@ def draw(skews: Sequence[Skew], title: str, path: Path) -> None:
 def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
     sizes = [skew.column.cardinality for skew in shown]
     rows = range(len(shown))
-    axes.barh(rows, sizes, color="0.88", edgecolor="0.35", linewidth=0.8)
+    axes.barh(rows, sizes, color="0.88", edgecolor="0.35", linewidth=0.6)
     for row, size in zip(rows, sizes, strict=True):
         axes.annotate(
             f"{size:,}{' *' * (shown[row].once > _MOSTLY_ONCE)}",
             (size, row),
-            xytext=(8, 0),
+            xytext=(5, 0),
             textcoords="offset points",
             va="center",
-            fontsize=9,
+            fontsize=_FONT,
         )
     for share, (marker, fill, marker_size) in reversed(list(zip(SHARES, _MARKS, strict=True))):
         counted = [(skew.ids_for[share], row) for row, skew in zip(rows, shown, strict=True) if skew.lookups]
@@ -251,24 +259,24 @@ def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
             color="black",
             markerfacecolor=fill,
             markersize=marker_size,
-            markeredgewidth=0.8,
-            label=f"{share:.0%} of the lookups go to this many ids, the most frequent ones",
+            markeredgewidth=0.6,
+            label=f"most frequent ids that {share:.0%} of the lookups go to",
         )
     if any(skew.once > _MOSTLY_ONCE for skew in shown):
-        axes.plot([], [], " ", label="* most ids of this table occur once: more rows would bring more ids")
-    # The numbers to the right of the bars take a sixth of the width.
-    right = max(sizes) * (max(sizes) / _LEAST) ** 0.17
+        axes.plot([], [], " ", label="* most ids occur once: more rows bring more ids")
+    # The numbers to the right of the bars take a quarter of the width.
+    right = max(sizes) * (max(sizes) / _LEAST) ** 0.25
     axes.set(
         xscale="log",
         xlim=(_LEAST, right),
-        xlabel="number of ids (logarithmic): rows of the table (bar), most frequent ids (marks)",
     )
+    axes.set_xlabel("number of ids (logarithmic)", fontsize=_FONT)
     axes.set_yticks(rows, [skew.column.name for skew in shown])
     # Bars of few tables are no thicker than those of six.
     ends = max(0.6, (6 - len(shown)) / 2)
     axes.set_ylim(len(shown) - 1 + ends, -ends)
     which = "each table" if len(shown) == tables else f"the {len(shown)} largest of {tables} tables"
-    axes.set_title(f"Rows of {which}, and how few of its ids most lookups go to", fontsize=11, loc="left")
+    axes.set_title(f"Rows of {which} (bars)", fontsize=_FONT + 1, loc="left")
     axes.grid(axis="x", color="0.92")
 
 
@@ -282,7 +290,7 @@ def _draw_curves(axes: "Axes", skews: Sequence[Skew], named: Sequence[Skew]) -> 
         if skew.lookups:
             x, y = skew.curve
             # Curves at one place are all seen: the first ones are wider.
-            width = 1.6 + 0.6 * (len(named) - 1 - number)
+            width = 1.0 + 0.4 * (len(named) - 1 - number)
             axes.plot(
                 100 * x, 100 * y, color=colour, linestyle=style, linewidth=width, label=skew.column.name, zorder=2
             )
@@ -293,9 +301,9 @@ def _draw_curves(axes: "Axes", skews: Sequence[Skew], named: Sequence[Skew]) -> 
         xscale="log",
         xlim=(100 * least * _LEAST, 100 / _LEAST),
         ylim=(0, 102),
-        xlabel="most frequent ids, % of the table's rows (logarithmic)",
-        ylabel="lookups that go to these ids, %",
     )
-    words = f" (named: the {len(named)} largest tables; of equal ones the first)" if others else ""
-    axes.set_title(f"Lookups that the most frequent ids take{words}", fontsize=11, loc="left")
+    axes.set_xlabel("most frequent ids, % of the table's rows (logarithmic)", fontsize=_FONT)
+    axes.set_ylabel("lookups, %", fontsize=_FONT)
+    words = f"\n(named: the {len(named)} largest tables)" if others else ""
+    axes.set_title(f"Lookups that go to the most frequent ids{words}", fontsize=_FONT + 1, loc="left")
     axes.grid(color="0.92")

@@ -69,9 +69,12 @@ def cells_note(schema: DatasetSchema) -> str:
     splits = []
     for name, tables in schema.cells.items():
         shares = [f"{share:.2%} {kind}" for kind, share in schema.cell_shares(name).items() if share >= 5e-5]
-        most = sorted(((counts.get("unknown", 0), table) for table, counts in tables.items()), reverse=True)[:2]
-        rows = schema.splits[name].rows
-        most_words = ", ".join(f"{table} {count / rows:.0%}" for count, table in most if count >= 0.005 * rows)
+        unknown = [
+            (counts.get("unknown", 0) / (schema.counted_values(name, table) or 1), table)
+            for table, counts in tables.items()
+        ]
+        most = sorted(unknown, reverse=True)[:2]
+        most_words = ", ".join(f"{table} {share:.0%}" for share, table in most if share >= 0.005)
         if shares:
             words = f"{name} {', '.join(shares)}"
             splits.append(f"{words} (unknown most in {most_words})" if most_words else words)

@@ -159,7 +159,8 @@ class DatasetSchema:
     indices: Mapping[str, float] = field(default_factory=dict)
     """Multi-hot column -> mean number of ids in a sample's bag, for plans; empty if it is not known."""
     cells: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
-    """Split name -> table -> rows whose value is ``missing``, ``rare`` or ``unknown``; empty if not counted."""
+    """Split name -> table -> number of values that are ``missing``, ``rare`` or ``unknown``, and for multi-hot columns
+    of all ``values``; empty if not counted."""
     report: Mapping[str, Any] = field(default_factory=dict)
     """Counts of preprocessing (JSON values), for readers only."""
 
@@ -225,12 +226,16 @@ class DatasetSchema:
     def cell_shares(self, split: str) -> dict[str, float]:
         """Return the shares of the ids of a split that stand for ``unknown``, ``rare`` and ``missing`` values; empty if
         they are not counted."""
-        tables = self.cells.get(split, {}).values()
-        lookups = self.splits[split].rows * len(tables)
+        tables = self.cells.get(split, {})
+        values = sum(self.counted_values(split, table) for table in tables)
         return {
-            kind: sum(counts.get(kind, 0) for counts in tables) / lookups
-            for kind in (("unknown", "rare", "missing") if lookups else ())
+            kind: sum(counts.get(kind, 0) for counts in tables.values()) / values
+            for kind in (("unknown", "rare", "missing") if values else ())
         }
+
+    def counted_values(self, split: str, table: str) -> int:
+        """Return the number of values of a table in a split over which its ``cells`` are counted."""
+        return self.cells[split][table].get("values", self.splits[split].rows)
 
     @cached_property
     def features(self) -> Features:

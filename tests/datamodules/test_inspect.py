@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules.preprocess import inspect_command, inspection, leakage
-from datamodules.preprocess.inspection import render, summary
+from datamodules.preprocess import inspect_command, leakage
+from datamodules.preprocess.inspection import summary
+from datamodules.preprocess.inspection_text import render
 from datamodules.preprocess.skew import all_skews
 from datamodules.preprocess.split_words import split_words
 from datamodules.writer import DatasetWriter
@@ -92,10 +93,11 @@ def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_inspect(folder, "--verify") == 0
     out = capsys.readouterr().out
     words = [line.split() for line in out.splitlines()]
-    assert ["train", "100", "90.9%", "0.2500", "1"] in words
+    assert words[0][:3] == ["110", "rows", "of"]
+    assert ["train", "100", "90.9%", "25.00%"] in words
     assert ["I1", "dense", "10.00%"] in words
-    assert ["C1", "1,234"] in words, "no missing values of tables are known"
-    assert ["C2", "3", "60.00%", "(missing)", "3"] in words
+    assert ["C1", "categorical", "0.00%", "1,234"] in words
+    assert ["C2", "categorical", "3", "60.00%", "(missing)", "3"] in words, "missing values of C2 are not counted"
     assert ["all", "1,237"] in words
     for text in (
         "max_rows 5000",
@@ -103,10 +105,10 @@ def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "AUC 0.8125",
         "as it is",
         "label; 1 dense (I1); 2 categorical (C1, C2)",
-        "reserved rows of C1: none",
-        "reserved rows of C2: row 0 is for missing values",
-        "ids for 90%: how many ids, the most frequent ones, 90% of these rows have",
-        "label mean: share of the rows with label 1",
+        "reserved rows missing, rare or unknown values have rows of their own in the tables",
+        "90%: how many ids, the most frequent ones, 90% of the lookups go to",
+        "positive: share of the rows with label 1",
+        "missing values of columns without a share of them are not counted",
         "the checksums of all files match",
     ):
         assert text in out, text
@@ -127,14 +129,13 @@ def test_long_lists_are_short_for_people(tmp_path: Path, capsys: pytest.CaptureF
         writer.finish(dataset="mine", protocol="own", settings=settings, cells=cells)
     assert run_inspect(tmp_path / "data") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "  dataset      mine, protocol own, seed 3" in lines
-    assert "  split        by the values of C5: train 1, 2" in lines
+    assert lines[0] == "3 rows of dataset mine, protocol own"
+    assert "  settings      seed 3" in lines
+    assert "  split         by the values of C5: train 1, 2" in lines
     assert next(line for line in lines if line.split()[:1] == ["C2"]).split()[2] == "33.33%"
-    at = lines.index("  categorical  C1..C3: a")
-    assert lines[at + 1] == "               C5, C6, X: b"
-    assert "  reserved rows of C1..C3: row 0 is for missing values, row 1 is for rare and unknown values" in lines
-    assert "  reserved rows of C5, C6, X: none" in lines
-    assert any(line.startswith("  rare values occur too seldom") for line in lines)
+    at = lines.index("  categorical   C1..C3: a")
+    assert lines[at + 1] == "                C5, C6, X: b"
+    assert sum("reserved" in line for line in lines) == 1
 
 
 def test_tables_fit_80_columns_with_long_names(tmp_path: Path) -> None:
@@ -152,11 +153,11 @@ def test_tables_fit_80_columns_with_long_names(tmp_path: Path) -> None:
     assert facts["left_out"] == ["day", "all columns that the schema does not name"]
     lines = render({**facts, "folder": "data"}, 79).splitlines()
     assert max(map(len, lines)) <= 79
-    assert "  left out     day, all columns that the schema does not name" in lines
-    assert names[1] in lines and lines[lines.index(names[1]) + 1].split() == ["9", "100.00%", "(missing/rare)", "1"]
+    assert "  left out      day, all columns that the schema does not name" in lines
+    cells = lines[lines.index(names[1]) + 1].split()
+    assert cells == ["categorical", "9", "100.00%", "(missing/rare)", "1"]
     text = " ".join(" ".join(lines).split())
     assert "split at random: of every 10 rows 1 is a test and 1 a validation row, seed 0" in text
-    assert "reserved rows: row 0 is for missing, rare and unknown values" in text
     assert render(facts).count(names[1]) == 2, "without a terminal, names stay in their lines"
 
 
@@ -230,32 +231,42 @@ def test_the_split_is_said_in_words(
     assert split_words(new) == "all rows are test rows, because they are encoded with the vocabulary of another dataset"
 
 
-@pytest.mark.parametrize(
-    ("reserved", "words", "rows", "note"),
-    [
-        ({}, "none; unknown values get the last row", 9, ""),
-        ({"missing": 0, "rare": 8, "unknown": 8},
-         "row 0 is for missing values, rare and unknown values share the last row with the rarest value", 9, ""),
-        ({"missing": 1, "rare": 1, "unknown": 1}, "row 1 is for missing, rare and unknown values", 9, ""),
-        ({"missing": 1, "rare": 1, "unknown": 1},
-         "missing, rare and unknown values share the last row with the rarest value", 2, "one value"),
-        ({"rare": 0, "unknown": 0}, "row 0 is for rare and unknown values", 9, ""),
-        ({"missing": 0, "rare": 1, "unknown": 2},
-         "row 0 is for missing values, row 1 is for rare values, row 2 is for unknown values", 9, ""),
-    ],
-)  # fmt: skip
-def test_reserved_rows_are_said_in_words(reserved: dict[str, int], words: str, rows: int, note: str) -> None:
-    column = {"name": "C1", "reserved": reserved, "unknown": 0.0, "cardinality": rows, "note": note}
-    (first, *_) = inspection._reserved_rows([column])
-    assert first == f"reserved rows: {words}"
-
-
-def test_notes_of_columns_stand_together() -> None:
-    notes = {"a": "one value", "B1": "17 of at most 30 bins", "B2": "3 of at most 30 bins", "b": "", "c": "one value"}
-    assert inspection._notes([{"name": name, "note": note} for name, note in notes.items()]) == [
-        "one value: a, c",
-        "columns with fewer bins than 30: B1 17, B2 3",
+def test_what_is_suspicious_is_said(tmp_path: Path) -> None:
+    """Columns with mostly missing or many unknown values, one value or few bins, and splits with other labels."""
+    columns = [COLUMNS[0], *(Column(name=name, role="categorical", cardinality=9) for name in ("C1", "C2"))]
+    bins = Column(name="B1", role="categorical", cardinality=9, transform="quantile(30): bins")
+    columns += [bins, Column(name="I1", role="dense"), Column(name="M", role="multi_hot", cardinality=9)]
+    with DatasetWriter(tmp_path / "data", columns) as writer:
+        for split, rows, positives in (("train", 4000, 400), ("validation", 1000, 100), ("test", 1000, 300)):
+            arrays = {column.name: np.zeros(rows, np.int32) for column in columns}
+            arrays |= {"label": (np.arange(rows) < positives).astype(np.int8), "I1": np.zeros(rows, np.float32)}
+            bags = np.zeros(2 * rows, np.int32), np.arange(rows + 1, dtype=np.int32) * 2
+            writer.write(split, {**arrays, "M": bags})
+        cells = {"test": {"C1": {"unknown": 150}, "C2": {"unknown": 90}, "M": {"unknown": 250, "values": 2000}}}
+        writer.finish(
+            dataset="mine",
+            protocol="own",
+            settings={"bins": 30},
+            cells=cells,
+            report={
+                "missing": {"I1": 3100, "M": 1500},
+                "distinct": {"B1": 12, "C2": 1},
+                "large_numbers": {"I1": 5e6},
+            },
+        )
+    facts = summary(tmp_path / "data", DatasetSchema.load(tmp_path / "data"))
+    shares = {column["name"]: (column["missing"], column["unknown"]) for column in facts["columns"]}
+    assert shares["M"] == (0.25, 0.125) and shares["C1"] == (0.0, 0.15)
+    assert facts["suspicious"] == [
+        "30.00% of the test rows are positive, against 10.00% of the training rows",
+        "over half of the rows have no value of I1",
+        "over 10% of the validation and test values are unknown in C1, M",
+        "one value only: C2",
+        "fewer bins than 30, because values repeat: B1 12",
+        "large numbers, on which models such as DCN train badly: I1 (up to 5e+06)",
     ]
+    lines = render(facts, 79).splitlines()
+    assert lines[lines.index("check these:") + 1].startswith("  30.00% of the test rows")
 
 
 def test_addresses_are_inspected_like_folders(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -330,7 +341,7 @@ def test_vocabulary_without_counts_and_rows_without_labels(tmp_path: Path, capsy
     facts = json.loads(capsys.readouterr().out)
     assert facts["splits"]["test"]["label_mean"] is None and facts["columns"][0]["most_frequent"] is None
     assert run_inspect(tmp_path / "data") == 0
-    assert ["test", "5", "100.0%", "1"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["test", "5", "100.0%"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
 @pytest.fixture

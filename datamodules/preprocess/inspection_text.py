@@ -1,0 +1,186 @@
+"""The facts of a dataset folder as text, for ``inspect``: rows, columns, what is suspicious, encoding and files."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datamodules.folder import Folder
+from datamodules.preprocess.leakage import render_equal_rows
+from datamodules.preprocess.text_tables import filled_below, fitted
+from lightning_dlrm.contracts.schema import SCHEMA_FILE
+from lightning_dlrm.contracts.terminal import aligned, binary_size, counted
+
+_ROLES = {"label": "label", "dense": "dense", "categorical": "categorical", "multi_hot": "multi-hot"}
+_OTHER_ROLES = {"keep": "kept, not features", "weights": "weights of multi-hot values"}
+
+
+def render(facts: Mapping[str, Any], width: int = 0) -> str:
+    """Format the facts of ``summary`` as text, and under ``leakage`` those of ``equal_rows`` if there are any.
+
+    Args:
+        facts: as ``summary`` returns them.
+        width: of the terminal, which lines do not exceed; 0 for no limit.
+    """
+    entries = [("columns", _roles(facts))]
+    if facts["left_out"]:
+        entries.append(("left out", ", ".join(facts["left_out"])))
+    if facts["split_rule"]:
+        entries.append(("split", facts["split_rule"]))
+    lines = filled_below(
+        f"{counted(facts['rows'], 'row')} of dataset {facts['dataset']}, protocol {facts['protocol']}", width, indent=2
+    )
+    lines += [*_entry_lines(entries, width), "", *_split_table(facts, width), "", *_column_table(facts, width)]
+    if facts["optimum"]:
+        lines += ["", "best scores that any model can reach:"]
+        lines += [
+            f"  {name:<10}  AUC {optimum['auc']:.4f}, log loss {optimum['log_loss']:.4f}"
+            for name, optimum in facts["optimum"].items()
+        ]
+    if facts["suspicious"]:
+        lines += ["", "check these:"]
+        lines += [part for words in facts["suspicious"] for part in filled_below(words, width, "  ", 4)]
+    lines += ["", "encoding and files:", *_entry_lines([*_transforms(facts), *_files(facts)], width)]
+    if facts.get("leakage"):
+        lines += ["", *render_equal_rows(facts["leakage"])]
+    return "\n".join(lines)
+
+
+def _entry_lines(entries: Sequence[tuple[str, str]], width: int) -> list[str]:
+    return [line for name, words in entries for line in filled_below(words, width, f"  {name:<13} ")]
+
+
+def _files(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return entries about reserved rows, settings, inputs, size and fingerprints."""
+    # Mappings are settings of single columns, which the transforms describe.
+    of_all = {
+        name: value for name, value in facts["settings"].items() if not (value is None or isinstance(value, Mapping))
+    }
+    settings = ", ".join(f"{name} {value}" for name, value in of_all.items())
+    inputs = ", ".join(f"{name} ({rows:,} rows)" for name, rows in facts["rows_per_file"] or ())
+    reserved = any(column["reserved"] for column in facts["columns"])
+    prints = facts["fingerprints"]
+    entries = [
+        ("reserved rows", "missing, rare or unknown values have rows of their own in the tables" if reserved else ""),
+        ("settings", settings),
+        ("made from", inputs),
+        ("stored as", f"{Folder(facts['folder']) / SCHEMA_FILE}, and {binary_size(facts['bytes'])} of Parquet"),
+        ("fingerprints", f"encoding {prints['encoding'][:16]} (a model scores only rows with this encoding)"),
+        ("", f"data {prints['data'][:16]} (a run resumes only on these rows)"),
+    ]
+    return [entry for entry in entries if entry[1]]
+
+
+def _roles(facts: Mapping[str, Any]) -> str:
+    """Return how many columns have each role, and their names."""
+    names: dict[str, list[str]] = {}
+    for column in facts["columns"]:
+        names.setdefault(column["role"], []).append(column["name"])
+    return "; ".join(
+        role if role == "label" else f"{len(names[role])} {words} ({_ranges(names[role])})"
+        for role, words in (_ROLES | _OTHER_ROLES).items()
+        if role in names
+    )
+
+
+def _transforms(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return for each role the transform of its columns, with the columns' names if transforms differ."""
+    columns_of: dict[str, dict[str, list[str]]] = {}
+    for column in facts["columns"]:
+        if column["transform"]:
+            columns_of.setdefault(column["role"], {}).setdefault(column["transform"], []).append(column["name"])
+    entries = []
+    for role, by_words in columns_of.items():
+        for number, (words, names) in enumerate(by_words.items()):
+            which = f"{_ranges(names)}: " if len(by_words) > 1 or role == "keep" else ""
+            title = {"keep": "kept", "multi_hot": "multi-hot"}.get(role, role)
+            entries.append(("" if number else title, f"{which}{words}"))
+    return entries
+
+
+def _ranges(names: Sequence[str]) -> str:
+    """Join names; three or more consecutive ones become a range, such as C1..C26.
+
+    >>> _ranges(["I1", "I2", "I3", "I5", "I6", "size", "C7"])
+    'I1..I3, I5, I6, size, C7'
+    """
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and name == _next_name(runs[-1][-1]):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
+
+
+def _next_name(name: str) -> str | None:
+    """Return the name with the number at its end incremented; None without a number."""
+    stem = name.rstrip("0123456789")
+    return f"{stem}{int(name[len(stem) :]) + 1}" if stem != name else None
+
+
+def _split_table(facts: Mapping[str, Any], width: int) -> list[str]:
+    header = ("split", "rows", "share", "positive", "unknown", "rare")
+    body = [
+        (
+            name,
+            f"{split['rows']:,}",
+            f"{split['rows'] / facts['rows']:.1%}" if facts["rows"] else "",
+            "" if split["label_mean"] is None else f"{split['label_mean']:.2%}",
+            *(f"{split[kind]:.2%}" if kind in split else "" for kind in ("unknown", "rare")),
+        )
+        for name, split in facts["splits"].items()
+    ]
+    lines = aligned([header, *body])
+    # Without splits all cells are empty, and there are no lines.
+    shown = lines[0] if lines else ""
+    words = ["positive: share of the rows with label 1"] if "positive" in shown else []
+    if "unknown" in shown:
+        words.append(
+            "unknown, rare: shares of the values of all tables; rare ones are too seldom for a row of their own"
+        )
+    return lines + [part for one in words for part in filled_below(one, width, "  ", 4)]
+
+
+_LEGENDS = {
+    "missing": "share of the rows without a value; of multi-hot columns, with an empty list",
+    "unknown": "share of the validation and test values that the vocabulary does not have",
+    "top id": "share of the most frequent id; (missing) or (rare): this id stands for such values",
+    "90%": "how many ids, the most frequent ones, 90% of the lookups go to",
+}
+"""Header of the table of columns, and what it means."""
+
+
+def _column_table(facts: Mapping[str, Any], width: int) -> list[str]:
+    """Return a table of the features, and what its headers mean."""
+    features = [column for role in _ROLES for column in facts["columns"] if column["role"] == role != "label"]
+    columns = [column for column in features if column["cardinality"] or column["missing"] is not None]
+    if not columns:
+        return ["missing values are not counted in this dataset"]
+    header = ("column", "role", "missing", "unknown", "table rows", "top id", "90%")
+    body = [
+        (
+            column["name"],
+            _ROLES[column["role"]],
+            _share(column["missing"]),
+            _share(column["unknown"]),
+            f"{column['cardinality']:,}" if column["cardinality"] else "",
+            f"{_share(column['most_frequent'])}{_of_reserved(column)}",
+            "" if column["ids_for_90"] is None else f"{column['ids_for_90']:,}",
+        )
+        for column in columns
+    ]
+    if facts["table_rows"]:
+        body.append(("all", "", "", "", f"{facts['table_rows']:,}", "", ""))
+    shown = [number for number, cells in enumerate(zip(*body, strict=True)) if any(cells)]
+    lines = fitted([[row[number] for number in shown] for row in (header, *body)], width, left=(0, 1))
+    legends = [f"{header[number]}: {_LEGENDS[header[number]]}" for number in shown if header[number] in _LEGENDS]
+    if any(column["missing"] is None for column in features):
+        legends.append("missing values of columns without a share of them are not counted in this dataset")
+    return lines + [part for legend in legends for part in filled_below(legend, width, "  ", 4)]
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
+
+
+def _of_reserved(column: Mapping[str, Any]) -> str:
+    return f" ({column['most_frequent_is']})" if column["most_frequent_is"] else ""
