@@ -16,6 +16,7 @@ from datamodules.preprocess.report import (
     large_number_warnings,
     one_label_warnings,
     render_report,
+    rounded_number_warnings,
     threshold_warnings,
 )
 from lightning_dlrm.contracts.errors import require, settings_as_options
@@ -173,7 +174,13 @@ def run(args: argparse.Namespace) -> int:
             raise
     if progress.stages:
         print(render_report(schema, progress.stages, line_width(sys.stdout), args.output))
-    kinds = (one_label_warnings, threshold_warnings, empty_feature_warnings, large_number_warnings)
+    kinds = (
+        one_label_warnings,
+        threshold_warnings,
+        empty_feature_warnings,
+        large_number_warnings,
+        rounded_number_warnings,
+    )
     for warning in (warning for kind in kinds for warning in kind(schema)):
         print(wrapped([f"warning: {warning}"], sys.stderr), file=sys.stderr)
     if args.vocabulary is None:

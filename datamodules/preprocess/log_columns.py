@@ -108,6 +108,7 @@ def segment_of(tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, An
     distinct: dict[str, int] = {}
     missing: dict[str, int] = {}
     minimum: dict[str, float | None] = {}
+    whole: dict[str, float | None] = {}
     columns: dict[str, pa.Array] = {}
     kept: dict[str, str] = {}
     items: dict[str, int] = {}
@@ -124,6 +125,8 @@ def segment_of(tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, An
             if pa.types.is_integer(found.type):
                 highest = max(bounds["max"] or 0, ~(bounds["min"] or 0))
                 found = found.cast(next(integer for bits, integer in _INTEGERS if highest < 1 << bits))
+            else:
+                whole[staged] = _largest_whole(found)
         if kind in ("text", "hash"):
             found = _with_missing(found, "" if kind == "text" else np.uint32(0))
             distinct[staged] = len(found.dictionary) - 1
@@ -139,11 +142,18 @@ def segment_of(tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, An
         "rows": len(table),
         "missing": missing,
         "minimum": minimum,
+        "whole": whole,
         "distinct": distinct,
         "kept": kept,
         "items": items,
     }
     return pa.record_batch(columns), facts
+
+
+def _largest_whole(numbers: pa.Array) -> float | None:
+    """Return the largest absolute value of whole numbers, 0 without values; None if a number has a fraction."""
+    values = numbers.drop_null().to_numpy()
+    return float(np.abs(values).max(initial=0.0)) if np.array_equal(values, np.floor(values)) else None
 
 
 def _with_missing(encoded: pa.DictionaryArray, stand_in: str | np.uint32) -> pa.DictionaryArray:

@@ -22,6 +22,10 @@ GENERATED = "generated"
 """Key of the report that is true if a raw file was made by ``generate``."""
 
 
+ROUNDED = "rounded"
+"""Key of the schema's report that lists dense columns of whole numbers that float32 rounds."""
+
+
 def mark_of(path: Path) -> Path:
     """Return the hidden file that ``generate`` leaves beside a raw file.
 
@@ -124,6 +128,14 @@ def large_number_warnings(schema: DatasetSchema) -> list[str]:
     large = schema.large_numbers
     advice = "models such as DCN train badly on them; set transform: standard in the schema, or log1p for an amount"
     return [f"large numbers in {large}: {advice}"] if large else []
+
+
+def rounded_number_warnings(schema: DatasetSchema) -> list[str]:
+    """Return a line if dense columns have whole numbers that are rounded."""
+    names = ", ".join(schema.report.get(ROUNDED, ()))
+    found = f"whole numbers above 16,777,216 (2^24) in {names}: dense columns are float32 and keep about 7 digits"
+    advice = "give ids role: categorical, and times role: keep with time; amounts may stay dense"
+    return [f"{found}; {advice}"] if names else []
 
 
 def _column_lines(schema: DatasetSchema, width: int) -> list[str]:

@@ -115,6 +115,28 @@ def test_columns_of_large_numbers_or_without_values_draw_a_warning(
     assert damaged.large_numbers == replace(damaged, report={"large_numbers": 3}).large_numbers == ""
 
 
+def test_whole_numbers_that_float32_rounds_draw_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2^24 is exact; ids of 17 digits are not; large amounts with fractions are rounded anyway."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"y": row["y"], "id": str(10**16 + number), "exact": str(2**24), "amount": f"{10**8 + number}.5"}
+        for number, row in enumerate(log_rows())
+    ]
+    written(Path("log.csv"), rows)
+    columns = {name: {"role": "dense", "transform": "standard"} for name in ("id", "exact", "amount")}
+    Path("s.yaml").write_text(
+        json.dumps({"dataset": "log", "label": "y", "columns": columns, "split": {"by": "position"}})
+    )
+    command = ["preprocess", "--input", "log.csv", "--workers", "1", "--output", "data", "--schema", "s.yaml"]
+    assert main(command) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "warning: whole numbers above 16,777,216 (2^24) in id: dense columns are float32 and keep about 7 digits; give "
+        "ids role: categorical, and times role: keep with time; amounts may stay dense"
+    )
+
+
 UNKNOWN = {
     # unknown, missing, min_count -> ids of missing, of rare and of unknown values, of the first value, and their words
     ("rare", "own", 3): (0, 1, 1, 2, "; unknown as rare"),

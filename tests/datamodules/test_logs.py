@@ -991,3 +991,17 @@ def test_data_frames_are_encoded_as_tables(tmp_path: Path) -> None:
     assert arrays["i"].tolist() == [row["i"] for row in rows_of(tmp_path / "data", schema, "train")[:2]]
     with pytest.raises(UserError, match=r"the table, row 1: c holds objects \(extension<pandas.period"):
         datamodules.encode(frame.assign(c=hours.tz_localize(None).to_period("M")), document, tmp_path / "bad")
+
+
+def test_empty_lists_are_counted(tmp_path: Path) -> None:
+    """An empty cell of a multi-hot column is an empty list; ``missing`` of the report counts its rows."""
+    tags = ["a|b", "", "a", "", "c", "b", "a", "", "a", "b"]
+    lines = [f"{number % 2},{tag}" for number, tag in enumerate(tags)]
+    (tmp_path / "log.csv").write_text("\n".join(["y,tags", *lines, *lines]))
+    columns = {"tags": {"role": "multi_hot", "separator": "|"}}
+    document = {"dataset": "log", "label": "y", "columns": columns, "split": {"by": "position"}}
+    schema = make(tmp_path / "log.csv", tmp_path / "data", document)
+    assert schema.report["missing"] == {"tags": 6}
+    assert sum(of_split["tags"]["values"] for of_split in schema.cells.values()) == 16
+    unknown = schema.cells["validation"]["tags"]["unknown"]
+    assert schema.cell_shares("validation")["unknown"] == unknown / schema.cells["validation"]["tags"]["values"]
