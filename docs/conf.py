@@ -41,6 +41,7 @@ smartquotes = False
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = [("tables.js", {"defer": "defer"})]
 html_title = "lightning_dlrm"
 html_copy_source = False
 html_show_copyright = False
