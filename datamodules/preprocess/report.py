@@ -68,13 +68,13 @@ def render_report(schema: DatasetSchema, stages: Sequence[StageTime], width: int
     report = schema.report
     rows = sum(split.rows for split in schema.splits.values())
     read = sum(count for _, count in report["rows_per_file"])
-    splits = [("split", "rows", "label mean")]
+    splits = [("split", "rows", "positive")]
     for name in (name for name in SPLITS if name in schema.splits):
         mean = label_mean(schema, name)
-        splits.append((name, f"{schema.splits[name].rows:,}", "" if mean is None else f"{mean:.4f}"))
+        splits.append((name, f"{schema.splits[name].rows:,}", "" if mean is None else f"{mean:.2%}"))
     lines = ["", *aligned(splits)]
     if schema.by_role("label"):
-        lines.append("  label mean: share of the rows with label 1")
+        lines.append("  positive: share of the rows with label 1")
     lines += filled_below(f"how rows were split: {split_words(schema)}", width, "  ", 4)
     lines += ["", *_column_lines(schema, width), ""]
     lines += filled_below(
@@ -169,14 +169,14 @@ def _column_lines(schema: DatasetSchema, width: int) -> list[str]:
     lines = fitted([header, *body, last], width)
     legends = [f"{name}: {words}" for name, words in _LEGENDS.items() if name in lines[0]]
     if any(column.reserved for column in schema.columns):
-        legends[-1] += ": of values, and reserved ones for missing and rare values (such as rows 0 and 1)"
+        legends[-1] += ", with reserved rows, such as those of missing and rare values"
     return lines + [part for legend in legends for part in filled_below(legend, width, "  ", 4)]
 
 
 _LEGENDS = {
-    "missing": "share of the rows read without a value",
+    "missing": "share of the rows without a value; of multi-hot columns, with an empty list",
     "values": "different values in the rows over which the vocabulary was counted",
-    "kept": "values with a row of their own",
+    "kept": "values with a row of their own; the others are rare",
     "unknown rows": "rows with a value that the vocabulary does not have",
     "table rows": "rows of the embedding table",
 }

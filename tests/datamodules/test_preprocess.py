@@ -633,11 +633,11 @@ def test_report_fits_80_columns_and_says_what_it_counts(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 79
     text = " ".join(" ".join(lines).split())
     for words in (
-        "label mean: share of the rows with label 1",
-        "missing: share of the rows read without a value values: different values in the "
-        "rows over which the vocabulary was counted kept: values with a row of",
-        "table rows: rows of the embedding table: of values, and reserved ones for missing and rare values (such as "
-        "rows 0 and 1) 100 rows read",
+        "positive: share of the rows with label 1",
+        "missing: share of the rows without a value; of multi-hot columns, with an empty list values: different values "
+        "in the rows over which the vocabulary was counted kept: values with a row of",
+        "table rows: rows of the embedding table, with reserved rows, such as those of missing and rare values 100 "
+        "rows read",
         "100 rows read, 100 rows written in",
         "iB of memory (all processes together)",
     ):
@@ -813,7 +813,7 @@ def test_progress_without_a_terminal_is_no_flood(
     *lines, last = capsys.readouterr().err.splitlines()
     assert 3 < len(lines) < 40
     assert lines[0] == "encode   0.1%  10,000 rows, 1,000 rows/s, 2.18 GiB memory, 5.22 GiB disk, 7,190 s left"
-    assert last.split()[:9] == ["encode", "7,200,000", "rows", "7,200.0", "s", "1,000", "rows/s", "2.18", "GiB"]
+    assert last.split()[:9] == ["encode", "7,200,000", "rows", "7,200.0", "s", "1,000", "rows/s,", "2.18", "GiB"]
     assert len(last) < 80
 
 
