@@ -53,12 +53,12 @@ class StageTime:
         """Return one line.
 
         >>> print(StageTime(name="encode", rows=1_478_027, seconds=1.0, peak_bytes=4 * 10**8, disk_bytes=10**11))
-        encode   1,478,027 rows    1.0 s 1,500,000 rows/s,  381 MiB memory, 93.1 GiB disk
+        encode   1,478,027 rows    1.0 s 1,500,000 rows/s  381 MiB memory 93.1 GiB disk
         """
         rate = self.rows / self.seconds if self.seconds else 0.0
         return (
-            f"{_title(self.name):<7}{self.rows:>11,} rows {self.seconds:>6,.1f} s {format_rate(rate):>9} rows/s, "
-            f"{binary_size(self.peak_bytes):>8} memory, {binary_size(self.disk_bytes)} disk"
+            f"{_title(self.name):<7}{self.rows:>11,} rows {self.seconds:>6,.1f} s {format_rate(rate):>9} rows/s "
+            f"{binary_size(self.peak_bytes):>8} memory {binary_size(self.disk_bytes)} disk"
         )
 
 

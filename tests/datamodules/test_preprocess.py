@@ -813,7 +813,7 @@ def test_progress_without_a_terminal_is_no_flood(
     *lines, last = capsys.readouterr().err.splitlines()
     assert 3 < len(lines) < 40
     assert lines[0] == "encode   0.1%  10,000 rows, 1,000 rows/s, 2.18 GiB memory, 5.22 GiB disk, 7,190 s left"
-    assert last.split()[:9] == ["encode", "7,200,000", "rows", "7,200.0", "s", "1,000", "rows/s,", "2.18", "GiB"]
+    assert last.split()[:9] == ["encode", "7,200,000", "rows", "7,200.0", "s", "1,000", "rows/s", "2.18", "GiB"]
     assert len(last) < 80
 
 
