@@ -149,6 +149,22 @@ class WrongKey(Own):
         return vectors["tables"].sum(1)
 
 
+class WrongOwnKey(Own):
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        return vectors["embeddings"].sum(1) * {"scale": 2.0}["weight"]
+
+
+class OptionalVectors(Own):
+    """Asks for vectors that it does not have."""
+
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        try:
+            return super().score(dense_BI, {"embeddings": vectors["others"]})
+        except KeyError:
+            assert vectors.get("others") is None and list(vectors) == ["embeddings"]
+            return super().score(dense_BI, vectors)
+
+
 class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -158,6 +174,10 @@ class OneIdOnly(Own):
     def lookup(self, ids: SparseIds) -> dict[str, Tensor]:
         values_BF = ids.values[:, : ids.tables]
         return {"embeddings": self.embeddings(SparseIds(values=values_BF, tables=ids.tables))}
+
+
+def test_a_network_may_ask_for_vectors_that_it_lacks() -> None:
+    check_network(OptionalVectors)
 
 
 def test_a_network_with_forward_alone() -> None:
@@ -182,6 +202,7 @@ def test_a_network_with_forward_alone() -> None:
         (Plain, "- Plain is not a subclass of CTRNetwork; derive your class from CTRNetwork"),
         (EndsInReLU, "no logit is below 0: does the last layer end in a ReLU"),
         (WrongKey, "score of a batch .* no key 'tables'; the keys of vectors are embeddings .*in score"),
+        (WrongOwnKey, r"score of a batch .* KeyError: 'weight' \(.*in score\)"),
         (KeepsNaN, "missing dense values are NaN"),
         (WrongShape, r"returns shape \(6, 1\); expected one logit for each sample, \(6,\)"),
         (Nothing, "returns None; expected one logit for each sample"),
@@ -201,5 +222,5 @@ def test_each_mistake_is_named(make: Callable[[Features, int], CTRNetwork], word
     with pytest.raises(UserError, match=words) as found:
         check_network(make)
     # One fault is listed once, whatever batch has it.
-    if make in (WrongShape, Nothing, Labelled, KeepsNaN, EndsInReLU, WrongKey, Plain):
+    if make in (WrongShape, Nothing, Labelled, KeepsNaN, EndsInReLU, WrongKey, WrongOwnKey, Plain):
         assert ": 1 problem\n" in str(found.value)

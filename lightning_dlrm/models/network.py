@@ -6,7 +6,7 @@ Shape suffixes: B samples, I dense features, F columns.
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,21 @@ from lightning_dlrm.tables.lookup import EmbeddingTables
 
 Missing: TypeAlias = Literal["zero", "learned"]
 """Replacement of missing dense values: see MissingValues."""
+
+
+class VectorsKeyError(KeyError):
+    """A key that the vectors of ``lookup`` do not have."""
+
+    def __str__(self) -> str:
+        # That of KeyError has quotes around the whole message.
+        return str(self.args[0])
+
+
+class _Vectors(dict[str, Tensor]):
+    """The vectors of ``lookup``; the error of a missing key names the keys that exist."""
+
+    def __missing__(self, key: object) -> NoReturn:
+        raise VectorsKeyError(f"no key {key!r}; the keys of vectors are {', '.join(self) or 'none'}")
 
 
 class CTRNetwork(nn.Module):
@@ -55,13 +70,7 @@ class CTRNetwork(nn.Module):
             dense_BI: dense features; NaN if a value is missing.
             ids: ids of every table.
         """
-        vectors = self.lookup(ids)
-        try:
-            return self.score(dense_BI, vectors)
-        except KeyError as error:
-            # str of a KeyError has quotes around the whole message.
-            words = f"no key {error}; the keys of vectors are {', '.join(vectors) or 'none'}"
-            raise LookupError(words).with_traceback(error.__traceback__) from None
+        return self.score(dense_BI, _Vectors(self.lookup(ids)))
 
     def lookup(self, ids: SparseIds) -> dict[str, Tensor]:
         """Return the tables' vectors of a batch: name of the child that owns the tables -> tensor [B, ...]."""
