@@ -71,25 +71,25 @@ SAMPLES = "samples"
 STEP = "step"
 
 COMPARISON_FIGURES = {
-    "differences": "differences",
-    "auc": "AUC while training",
-    "results": "results of every seed",
-    "calibration": "calibration",
-    "cost": "time and memory",
-    "operators": "time of a step by operator",
-    "parameters": "parameters",
-    "load": "load of each rank",
-    "figure5": "accuracy while training",
-    "log_loss": "log loss while training",
+    "differences": "differences between configurations, with 95% intervals",
+    "auc": "AUC against samples, time and FLOPs of training",
+    "results": "AUC, log loss and accuracy of every seed",
+    "calibration": "observed against predicted click rate",
+    "cost": "training time (s), speed (samples/s) and memory (GiB) of every run",
+    "operators": "milliseconds of a training step by kind of operator",
+    "parameters": "parameters of each part, and of the largest tables",
+    "load": "memory, requested rows and sent data of each rank",
+    "figure5": "accuracy against samples of training",
+    "log_loss": "log loss against samples, time and FLOPs of training",
 }
-"""Name of a figure of a comparison -> its title, as in the report of ``compare``."""
+"""Name of a figure of a comparison -> what it shows."""
 COMPARISON_TABLES = {
-    "verdicts": "every difference in words and numbers",
-    "parameters": "parameters of each part",
-    "operators": "time of a step by operator, in numbers",
-    "load": "load of each rank, in numbers",
+    "verdicts": "difference, 95% interval, p-value and verdict of each pair of configurations",
+    "parameters": "number of parameters of each part and table",
+    "operators": "milliseconds of a training step by kind of operator, in numbers",
+    "load": "memory, requested rows and sent data of each rank, in numbers",
 }
-"""Name of a table of a comparison -> its title."""
+"""Name of a table of a comparison -> what it shows."""
 LOAD = "load"
 """The figure and the table of a comparison that exist only if tables are sharded."""
 

@@ -133,25 +133,31 @@ def _panels() -> dict[str, list[Any]]:
                 smoothing_type="exponentialTimeWeighted",
             ),
             *(_metric_lines(names.TRAIN, metric) for metric in names.TRAIN_METRICS),
-            _lines("learning rates", unit="learning rate", metric_regex=f"{names.LEARNING_RATE}/.*"),
+            _lines(
+                "learning rate of each optimizer",
+                unit="learning rate (no unit)",
+                metric_regex=f"{names.LEARNING_RATE}/.*",
+            ),
         ],
         "norms": [
-            _lines("norms of gradients", unit="2-norm", metric_regex=f"{names.GRADIENT_NORM}/.*"),
-            _lines("mean norms of updated table rows", unit="2-norm", metric_regex=f"{names.ROW_NORM}/.*"),
+            _lines("norms of gradients", unit="Euclidean norm", metric_regex=f"{names.GRADIENT_NORM}/.*"),
+            _lines("mean norms of updated table rows", unit="Euclidean norm", metric_regex=f"{names.ROW_NORM}/.*"),
             _lines(
-                "mean norms of the gradients of table rows", unit="2-norm", metric_regex=f"{names.ROW_GRADIENT_NORM}/.*"
+                "mean norms of the gradients of table rows",
+                unit="Euclidean norm",
+                metric_regex=f"{names.ROW_GRADIENT_NORM}/.*",
             ),
         ],
         "speed": [
-            _lines("speed", names.SAMPLES_PER_SECOND, unit="samples/s"),
+            _lines("training speed", names.SAMPLES_PER_SECOND, unit="samples per second"),
             _lines("share of the time waiting for data", names.DATA_WAIT_SHARE, unit=_SHARE, range_y=(0.0, None)),
             _lines("shares of the training time", *_SHARES, unit=_SHARE, range_y=(0.0, 1.0)),
             _lines("validation AUC over time", f"{names.VALIDATION}/auc", x=_TIME, unit=_UNITS["auc"]),
-            _bars("time of training", names.TRAINING_SECONDS, "seconds"),
-            _bars("peak memory", names.in_gib(names.PEAK_MEMORY), "GiB"),
+            _bars("training time", names.TRAINING_SECONDS, "seconds"),
+            _bars("peak memory of the process", names.in_gib(names.PEAK_MEMORY), "GiB"),
         ],
         "system": [
-            _lines("use of all CPU cores", "system/cpu", x=_TIME, unit="%"),
+            _lines("use of all CPU cores", "system/cpu", x=_TIME, unit="% of the time of all cores"),
             _lines("memory of the process", "system/proc.memory.rssMB", x=_TIME, unit="MiB"),
         ],
         "GPUs": [
@@ -162,8 +168,8 @@ def _panels() -> dict[str, list[Any]]:
             ),
         ],
         "parallel": [
-            _lines("exchanges of a step", names.EXCHANGE_MS, unit="ms"),
-            _lines("sent in a step by the busiest rank", names.SENT_MIB, unit="MiB"),
+            _lines("time of the exchanges of a step", names.EXCHANGE_MS, unit="milliseconds"),
+            _lines("data that the busiest rank sends in a step", names.SENT_MIB, unit="MiB"),
             _lines("rows requested from the busiest rank", names.WORK_IMBALANCE, unit="busiest rank / mean rank"),
             _bars("table rows of the fullest rank", names.ROWS_PER_RANK, "rows"),
             _bars("tables and their state on the fullest rank", names.in_gib(names.BYTES_PER_RANK), "GiB"),
@@ -175,10 +181,14 @@ def _comparison_panels(figures: Sequence[str], tables: Sequence[str]) -> list[An
     """Return panels of figures and tables of the run that ``compare`` logs."""
     layout = wr.Layout(w=12, h=12)
     keys = {names.comparison_figure(name): names.COMPARISON_FIGURES[name] for name in figures}
-    return [
-        *(wr.MediaBrowser(title=title, num_columns=1, media_keys=[key], layout=layout) for key, title in keys.items()),
-        *(wr.WeavePanelSummaryTable(table_name=names.comparison_table(name), layout=layout) for name in tables),
+    panels = [
+        wr.MediaBrowser(title=title, num_columns=1, media_keys=[key], layout=layout) for key, title in keys.items()
     ]
+    for name in tables:
+        # A panel of a table has no title of its own.
+        title = wr.MarkdownPanel(markdown=f"**{names.COMPARISON_TABLES[name]}**", layout=wr.Layout(w=24, h=3))
+        panels += [title, wr.WeavePanelSummaryTable(table_name=names.comparison_table(name), layout=layout)]
+    return panels
 
 
 def _quality_panels() -> list[Any]:
@@ -242,7 +252,11 @@ def write_page(dashboard: Dashboard, path: Path) -> None:
         UserError: the file cannot be written.
     """
     sections = [
-        (f"{name[0].upper()}{name[1:]}", _WORDS[name], [_describe(panel) for panel in panels])
+        (
+            f"{name[0].upper()}{name[1:]}",
+            _WORDS[name],
+            [_describe(panel) for panel in panels if not isinstance(panel, wr.MarkdownPanel)],
+        )
         for name, panels in panels_of(dashboard).items()
     ]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -257,13 +271,13 @@ def _describe(panel: Any) -> tuple[str, list[str]]:
     """Return the title of a panel, and in words its kind and metrics, and each of its axes."""
     if isinstance(panel, wr.WeavePanelSummaryTable):
         titles = {names.comparison_table(name): title for name, title in names.COMPARISON_TABLES.items()}
-        return titles[panel.table_name], ["table"]
+        return titles[panel.table_name], ["a table of the comparison's run"]
     if isinstance(panel, wr.MediaBrowser):
-        return panel.title or "", ["figure"]
+        return panel.title or "", ["a figure of the comparison's report"]
     if isinstance(panel, wr.CustomChart):
         return panel.chart_strings["title"], ["a curve for each run"]
     if isinstance(panel, wr.ScatterPlot):
-        return panel.title or "", ["a point for each run"]
+        return panel.title or "", ["a point for each run; FLOPs are floating-point operations"]
     drawn = panel.y if isinstance(panel, wr.LinePlot) else panel.metrics
     metrics = [str(getattr(metric, "name", metric)) for metric in drawn]
     if pattern := getattr(panel, "metric_regex", None):

@@ -96,6 +96,8 @@ def test_both_show_what_a_comparison_logs() -> None:
     for text in (json.dumps(shown), json.dumps(spec(build_report(replace(board, entity=""))))):
         for name in names.COMPARISON_TABLES:
             assert f'"{names.comparison_table(name)}"' in text
+            # The panel of a table has no title: the panel before it is one.
+            assert text.index(f"**{names.COMPARISON_TABLES[name]}**") < text.index(f'"{names.comparison_table(name)}"')
         for key in figures:
             assert f'"mediaKeys": ["{key}"]' in text
 
@@ -130,7 +132,9 @@ def test_a_page_shows_the_dashboard_without_a_server(tmp_path: Path, capsys: pyt
     for words in (*heads, "validation AUC", "validation/log_loss", "GiB", "gpu.N.gpu"):
         assert words in html
     titles = re.findall("<strong>(.*?)</strong>", html)
-    assert "every difference in words and numbers" in titles
+    assert {*names.COMPARISON_FIGURES.values(), *names.COMPARISON_TABLES.values()} <= set(titles)
+    # Titles are phrases, not names.
+    assert len(set(titles)) == len(titles) and "table" not in titles and "figure" not in titles
     assert not [title for title in titles if "_" in title or "comparison/" in title]
     assert "\\" not in html and ".*" not in html and "bytes" not in html
     assert main(["dashboard", "--output", str(tmp_path / "no/board.html")]) == 2
