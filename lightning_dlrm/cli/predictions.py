@@ -3,12 +3,14 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytorch_lightning as pl
 from numpy.typing import NDArray
@@ -24,6 +26,36 @@ log = logging.getLogger("lightning_dlrm")
 
 SCHEMA = pa.schema([("row", pa.int64()), ("probability", pa.float32())])
 """Columns that each rank writes, and that every file of predictions has."""
+
+
+@dataclass(kw_only=True)
+class SplitPredictions:
+    """Numbers of the predictions of a split."""
+
+    rows: int = 0
+    probabilities: float = 0.0
+    """Sum of the predicted probabilities."""
+    labels: int = 0
+    """Rows that have a label."""
+    clicks: int = 0
+    """Rows with the label 1."""
+
+    def add(self, table: pa.Table) -> None:
+        """Add the rows of a table."""
+        self.rows += len(table)
+        self.probabilities += pc.sum(table["probability"]).as_py() or 0.0
+        if "label" in table.column_names:
+            self.labels += len(table) - table["label"].null_count
+            self.clicks += pc.sum(table["label"]).as_py() or 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """The content of a file of predictions."""
+
+    columns: Sequence[str]
+    splits: Mapping[str, SplitPredictions]
+    """Split -> its numbers; without a column ``split`` all rows have an empty name."""
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -51,8 +83,8 @@ class PredictionWriter(BasePredictionWriter):
         self._folder, self._read_beside = folder, read_beside
         self._allow_nonfinite = allow_nonfinite
         self._writer: pq.ParquetWriter | None = None
-        self.rows = 0
-        """Number of rows of the merged file, on rank 0."""
+        self.written = Predictions(columns=[], splits={})
+        """What the merged file has, on rank 0."""
         self._nan_row: int | None = None
         """The first row of this rank whose probability is NaN."""
 
@@ -99,7 +131,7 @@ class PredictionWriter(BasePredictionWriter):
     def _merge(self, ranks: int) -> None:
         target = self._folder.path / PREDICTIONS
         beside = None if self._read_beside is None else self._read_beside()
-        self.rows = merge_by_row([self._partial(rank) for rank in range(ranks)], target, beside)
+        self.written = merge_by_row([self._partial(rank) for rank in range(ranks)], target, beside)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._writer is None:
@@ -116,7 +148,7 @@ class PredictionWriter(BasePredictionWriter):
         return self._folder.path / f"{PREDICTIONS}.partial-{rank}"
 
 
-def merge_by_row(parts: Sequence[Path], target: Path, beside: Iterator[pa.Table] | None = None) -> int:
+def merge_by_row(parts: Sequence[Path], target: Path, beside: Iterator[pa.Table] | None = None) -> Predictions:
     """Merge files that are each in row order into one, and remove them; an earlier ``target`` is set aside.
 
     Args:
@@ -125,7 +157,7 @@ def merge_by_row(parts: Sequence[Path], target: Path, beside: Iterator[pa.Table]
         beside: further columns of all rows from row 0 on: see ``PredictionWriter``.
 
     Returns:
-        The number of rows.
+        The content of the merged file.
 
     Raises:
         UserError: a part is missing.
@@ -138,12 +170,13 @@ def merge_by_row(parts: Sequence[Path], target: Path, beside: Iterator[pa.Table]
         )
     partial = parts[0].with_name(f"{target.name}.partial")
     tables = _with_beside(_merged([_Source(part) for part in parts]), beside)
-    first, rows = next(tables, SCHEMA.empty_table()), 0
+    first, splits = next(tables, SCHEMA.empty_table()), dict[str, SplitPredictions]()
     try:
         with pq.ParquetWriter(partial, first.schema) as writer:
             for table in itertools.chain([first], tables):
                 writer.write_table(table)
-                rows += len(table)
+                for name, of_split in _by_split(table).items():
+                    splits.setdefault(name, SplitPredictions()).add(of_split)
         if target.exists():
             log.info("the previous %s is kept as %s", shown_path(target), shown_path(set_aside(target)))
         partial.replace(target)
@@ -152,7 +185,14 @@ def merge_by_row(parts: Sequence[Path], target: Path, beside: Iterator[pa.Table]
         raise
     for part in parts:
         part.unlink()
-    return rows
+    return Predictions(columns=first.column_names, splits=splits)
+
+
+def _by_split(table: pa.Table) -> dict[str, pa.Table]:
+    if "split" not in table.column_names:
+        return {"": table}
+    names = table["split"].unique().to_pylist()
+    return {name: table.filter(pc.equal(table["split"], name)) for name in names}
 
 
 def read_predictions(path: Path, rows: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from lightning_dlrm.cli.classes import PRECISIONS
 from lightning_dlrm.cli.parser import PublishedScore
+from lightning_dlrm.cli.predictions import Predictions
 from lightning_dlrm.cli.trust import trusting_command
 from lightning_dlrm.contracts.errors import shown_path
 from lightning_dlrm.contracts.schema import DatasetSchema
@@ -280,19 +281,31 @@ def evaluation_report(model: str, split: str, results: Mapping[str, float], sche
     return wrapped([*lines, "", f"kept in {shown_path(file)}"])
 
 
-def prediction_report(model: str, split: str | None, rows: int, schema: DatasetSchema, file: Path) -> str:
-    """Return the report of ``predict``.
+def prediction_report(model: str, written: Predictions, schema: DatasetSchema, file: Path) -> str:
+    """Return the report of ``predict``: rows, mean probability and click rate of each split, and the file's columns.
 
     Args:
         model: the network and its checkpoint.
-        split: the split that was scored, ``all``, or None if the datamodule does not say it.
-        rows: number of rows that were scored.
+        written: content of the file.
         schema: schema of the data.
         file: file with the probabilities.
     """
-    of_split = {None: "", "all": " of all splits"}.get(split, f" of the {split} split")
+    if not written.splits:
+        return "no rows were scored"
+    rows = [("split", "rows", "mean probability", "click rate")]
+    for name, of in written.splits.items():
+        clicks = f"{of.clicks / of.labels:.6f}" if of.labels else ""
+        rows.append((name, f"{of.rows:,}", f"{of.probabilities / of.rows:.6f}", clicks))
+    title, *lines = aligned(rows)
     return wrapped(
-        [f"{model}, {data_words(schema)}", f"probabilities of {counted(rows, 'row')}{of_split}: {shown_path(file)}"]
+        [
+            f"{model}, {data_words(schema)}",
+            "",
+            emphasized(title, sys.stdout),
+            *lines,
+            "",
+            f"kept in {shown_path(file)}, with the columns {', '.join(written.columns)}",
+        ]
     )
 
 

@@ -417,9 +417,8 @@ def report_evaluation(job: Job, trainer: pl.Trainer) -> None:
     model = f"{type(job.module.network).__name__} of {shown_path(str(job.settings.ckpt_path))}"
     if job.command == "predict":
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        rows = next(callback.rows for callback in callbacks if isinstance(callback, PredictionWriter))
-        split = getattr(job.datamodule, "predict_split", None)
-        print(prediction_report(model, split, rows, schema, job.folder.path / PREDICTIONS))
+        written = next(callback.written for callback in callbacks if isinstance(callback, PredictionWriter))
+        print(prediction_report(model, written, schema, job.folder.path / PREDICTIONS))
         return
     split = names.VALIDATION if job.command == "validate" else names.TEST
     print(evaluation_report(model, split, job.module.results, schema, job.folder.path / f"{job.command}.json"))

@@ -181,7 +181,7 @@ def _comparison_panels(figures: Sequence[str], tables: Sequence[str]) -> list[An
     """Return panels of figures and tables of the run that ``compare`` logs."""
     layout = wr.Layout(w=12, h=12)
     keys = {names.comparison_figure(name): names.COMPARISON_FIGURES[name] for name in figures}
-    panels = [
+    panels: list[Any] = [
         wr.MediaBrowser(title=title, num_columns=1, media_keys=[key], layout=layout) for key, title in keys.items()
     ]
     for name in tables:

@@ -13,7 +13,7 @@ from datamodules.folder import Folder
 from datamodules.parquet import read_beside
 from datamodules.stream.loader import Loader
 from datamodules.writer import DatasetWriter
-from lightning_dlrm.cli.predictions import SCHEMA, merge_by_row
+from lightning_dlrm.cli.predictions import SCHEMA, SplitPredictions, merge_by_row
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
 
@@ -94,9 +94,12 @@ def test_predictions_have_what_stands_beside_their_rows(dataset, tmp_path) -> No
     for rows, part in zip(shares, parts, strict=True):
         pq.write_table(pa.table([rows, rows.astype(np.float32)], schema=SCHEMA), part)
     target = tmp_path / "all.parquet"
-    assert merge_by_row(parts, target, read_beside(Folder(folder), schema, ["test"])) == 36_000
+    written = merge_by_row(parts, target, read_beside(Folder(folder), schema, ["test"]))
+    assert written.splits == {
+        "test": SplitPredictions(rows=36_000, probabilities=float(sum(map(sum, shares))), labels=36_000, clicks=18_000)
+    }
     found = pq.read_table(target)
-    assert found.column_names == ["split", "row", "label", "probability", "user", "session", "when"]
+    assert found.column_names == written.columns == ["split", "row", "label", "probability", "user", "session", "when"]
     rows = np.concatenate(shares)
     assert found["row"].to_pylist() == found["probability"].to_pylist() == rows.tolist()
     assert found["label"].to_pylist() == (rows % 2).tolist()

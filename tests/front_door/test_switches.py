@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import pytorch_lightning as pl
@@ -278,10 +279,15 @@ def test_evaluations_say_what_they_found_once_and_keep_earlier_predictions(
     predictions = Path("run/predictions.parquet").resolve()
     rows, first = pq.read_metadata(predictions).num_rows, predictions.read_bytes()
     model = "DLRM of run/checkpoints/last, demo data"
-    said = f"{model}\nprobabilities of {rows:,} rows of the test split: run/predictions.parquet\n"
-    assert capsys.readouterr().out == said
+    table = pq.read_table(predictions)
+    probability, rate = (np.mean(table[name].to_numpy(), dtype=np.float64) for name in ("probability", "label"))
+    assert capsys.readouterr().out == (
+        f"{model}\n\nsplit  rows  mean probability  click rate\n"
+        f"test   {rows:>4}  {probability:>16.6f}  {rate:>10.6f}\n\n"
+        "kept in run/predictions.parquet, with the columns split, row, label, probability\n"
+    )
     run("predict", *trained, "--data.predict_split=validation")
-    assert "rows of the validation split: run/predictions.parquet\n" in capsys.readouterr().out
+    assert "\nvalidation  " in capsys.readouterr().out
     (aside,) = (path for path in predictions.parent.glob("predictions-*"))
     assert aside.read_bytes() == first
     assert f"the previous run/predictions.parquet is kept as run/{aside.name}" in caplog.text
@@ -291,6 +297,8 @@ def test_evaluations_say_what_they_found_once_and_keep_earlier_predictions(
     run("predict", *trained, spoil, code=2)
     assert re.fullmatch(r"error: the probability of row \d+ is NaN: .*\n", capsys.readouterr().err)
     assert predictions.read_bytes() == second and sorted(Path("run").iterdir()) == before
+    run("predict", *trained, "--trainer.limit_predict_batches=0")
+    assert capsys.readouterr().out.endswith("no rows were scored\n")
     run("predict", *trained, spoil, "--allow_nonfinite=true")
     assert pq.read_metadata(predictions).num_rows == rows
 
