@@ -13,8 +13,8 @@ from lightning_dlrm.bench.measurement import (
     add_rounds,
     check_numbers,
     peak_bytes,
+    speed_over,
     time_rounds,
-    times_as_fast,
 )
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import exact_auc
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     peer = _scikit_learn(torch.cat(logits), torch.cat(labels))
     difference = abs(peer() - found)
     seconds = time_rounds({"ours": lambda: exact_auc(logits, labels), "peer": peer}, args.rounds)
-    compared = {"speed_over_peer": times_as_fast(seconds["ours"], seconds["peer"]), "difference": difference}
+    compared = speed_over("peer", seconds["ours"], seconds["peer"]) | {"difference": difference}
     return [
         *rows,
         _row(args, "ours", samples, seconds["ours"], compared | beside),

@@ -6,12 +6,13 @@ import contextlib
 import importlib
 import io
 import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.terminal import wrapped
+from lightning_dlrm.contracts.errors import UserError, cause_of
+from lightning_dlrm.contracts.terminal import command_line, wrapped
 
 if TYPE_CHECKING:
     from lightning_dlrm.bench.measurement import Measurement
@@ -85,7 +86,12 @@ def run(args: argparse.Namespace) -> int:
             for row in importlib.import_module(f"lightning_dlrm.bench.{args.work}").run(args):
                 rows.append(row)
                 if args.json is not None:
-                    _write(args.json, rows)
+                    _write(args.json, [row.row() for row in rows])
+    except BaseException as error:
+        # A wrong option is found before anything is measured or printed.
+        if not rows and (details.getvalue() or not isinstance(error, UserError)):
+            _report_failure(args, error, details.getvalue())
+        raise
     finally:
         # What was measured before an error counts.
         if rows:
@@ -95,8 +101,38 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(path: Path, rows: "list[Measurement]") -> None:
+def _report_failure(args: argparse.Namespace, error: BaseException, details: str) -> None:
+    """Print what is known of a benchmark that failed before its first result; the JSON file has it too."""
+    from lightning_dlrm.bench.measurement import machine
+
+    known = {"work": args.work, "command": _command_of(args), "machine": machine(), "error": cause_of(error)}
+    print(
+        wrapped(
+            [
+                f"bench {args.work} failed before its first result",
+                *details.strip().splitlines(),
+                f"machine: {known['machine']}",
+                f"command: {known['command']}",
+                f"reason: {known['error']}",
+            ]
+        )
+    )
+    if args.json is not None:
+        _write(args.json, [known])
+
+
+def _command_of(args: argparse.Namespace) -> str:
+    """Return the command with the values of all its options, defaults too."""
+    typed = []
+    for name, value in vars(args).items():
+        if name != "work" and value is not None and value is not False:
+            values = value if isinstance(value, list) else [value] * (value is not True)
+            typed += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return command_line("bench", args.work, *typed)
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     try:
-        path.write_text(json.dumps([row.row() for row in rows], indent=1) + "\n")
+        path.write_text(json.dumps(rows, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another --json FILE") from error

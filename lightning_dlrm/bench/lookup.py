@@ -74,11 +74,11 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     Raises:
         UserError: an option is out of range, or there is no such device.
     """
-    device = check(args)
     if args.bag is not None and not 0 <= args.bag[0] <= args.bag[1]:
         raise UserError(
             f"bench lookup: --bag is {args.bag[0]} {args.bag[1]}; give the fewest ids of a bag, then the most"
         )
+    device = check(args)
     tables = (args.rows,) * args.tables
     workload = Workload(tables=tables, dense=1, width=args.width, bottom=(args.width,), bags=args.bag)
     batches = [draw_batch(workload, args.batch_size, seed).to(device) for seed in range(DRAWN_BATCHES)]

@@ -226,6 +226,13 @@ def times_as_fast(seconds: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(theirs / ours for ours, theirs in zip(seconds, other, strict=True))
 
 
+def speed_over(name: str, seconds: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """Return ``times_as_fast`` for a row, with the lowest and the highest quotient of a round."""
+    quotients = [theirs / ours for ours, theirs in zip(seconds, other, strict=True)]
+    key = f"speed_over_{name}"
+    return {key: times_as_fast(seconds, other), f"{key}_low": min(quotients), f"{key}_high": max(quotients)}
+
+
 def peak_bytes() -> int:
     """Return the peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

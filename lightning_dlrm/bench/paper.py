@@ -94,7 +94,6 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     Raises:
         UserError: an option is out of range, there is no such device, or the peer fails.
     """
-    device = check(args)
     if args.batches < args.rounds:
         raise UserError(f"--batches is {args.batches} and --rounds {args.rounds}: give at least as many batches")
     if args.plot is not None:
@@ -102,6 +101,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         from lightning_dlrm.bench.figures import check_figure
 
         check_figure(args.plot)
+    device = check(args)
     workload = paper(args.max_rows)
     is_published = workload == paper() and args.batch_size == _PUBLISHED_BATCH_SIZE
     title = "DLRM paper, section 5.2"

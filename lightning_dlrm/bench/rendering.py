@@ -5,19 +5,32 @@ from collections.abc import Mapping, Sequence
 from lightning_dlrm.bench.measurement import Measurement, duration
 from lightning_dlrm.contracts.terminal import aligned, binary_size, counted
 
+_DLRM = {"baseline": "plain PyTorch", "peer": "facebookresearch/dlrm"}
+_NAMES: Mapping[str, Mapping[str, str]] = {
+    "auc": {"peer": "scikit-learn"},
+    "fit": _DLRM,
+    "loader": {"baseline": "bare pyarrow"},
+    "lookup": {"baseline": "plain PyTorch", "peer": "FBGEMM"},
+    "paper": _DLRM,
+    "preprocess": {"baseline": "pyarrow.csv", "peer": "facebookresearch/dlrm"},
+    "sharding": {"baseline": "whole tables under DDP", "peer": "whole tables without exchange"},
+    "step": _DLRM,
+    "trace": {"baseline": "a Python list"},
+}
+"""Benchmark -> what its contenders beside this project are."""
 _COMPARISONS: Mapping[str, str] = {
-    "speed_over_baseline": "{:.3g} times as fast as the baseline",
-    "speed_over_peer": "{:.3g} times as fast as the peer",
-    "speed_over_peer_without_data": "{:.3g} times as fast as the peer without its loader",
+    "speed_over_baseline": "{:.3g} times as fast as {baseline}",
+    "speed_over_peer": "{:.3g} times as fast as {peer}",
+    "speed_over_peer_without_data": "{:.3g} times as fast as {peer} without its loader",
     "speed_over_host": "{:.3g} times as fast as with rows in host memory",
     "of_bare_loop": "{:.0%} of the speed of the bare loop",
-    "of_baseline": "{:.0%} of the speed of the baseline",
+    "of_baseline": "{:.0%} of the speed of {baseline}",
     "of_baseline_cpu": "{:.0%} of that speed by processor time",
 }
 """Name of a further number that compares two contenders -> its words."""
 _WORDS: Mapping[str, str] = {
     **_COMPARISONS,
-    "difference": "{:.2g} difference from the peer",
+    "difference": "its AUC differs by {:.2g} from that of {peer}",
     "data_wait": "{:.0%} of its time is its loader's",
     "threads": "threads {:.0f}",
     "first": "{:.1e} difference of the first loss",
@@ -52,17 +65,17 @@ def headline(rows: Sequence[Measurement]) -> list[str]:
     compared = [row for row in rows if row.shown and not row.error and _COMPARISONS.keys() & row.extra.keys()]
     lines = []
     for row in compared[:_MOST_RESULTS]:
-        whole = [_words(name, row.extra[name]) for name in _TIMES if name.endswith("_for_1000") and name in row.extra]
+        whole = [_words(row, name) for name in _TIMES if name.endswith("_for_1000") and name in row.extra]
         time = whole[0] if whole else f"{duration(row.median_s)} for {row.samples:,} samples"
-        comparisons = [_words(name, row.extra[name]) for name in _COMPARISONS if name in row.extra]
-        lines.append(f"{row.case}: ours takes {time}, {', '.join(comparisons)}")
+        comparisons = [_words(row, name) for name in _COMPARISONS if name in row.extra]
+        lines.append(f"{row.case}: {_name(row)} takes {time}, {', '.join(comparisons)}")
     measured = [row for row in rows if row.shown and not row.error and row.median_s]
     uncertain = [row for row in measured if row.spread_s / row.median_s > _LARGE_SPREAD]
     if uncertain:
         worst = max(uncertain, key=lambda row: row.spread_s / row.median_s)
         more = f" (and those of {counted(len(uncertain) - 1, 'other row')} by less)" if len(uncertain) > 1 else ""
         lines.append(
-            f"warning: the rounds of {worst.case} ({worst.implementation}) differ by "
+            f"warning: the rounds of {worst.case} ({_name(worst)}) differ by "
             f"{worst.spread_s / worst.median_s:.0%} of their median{more}. The "
             "result is uncertain: stop other work on this machine, or give more --rounds"
         )
@@ -77,7 +90,7 @@ def render(rows: Sequence[Measurement]) -> str:
         floor = row.floor_s
         cells.append(
             (
-                f"  {row.implementation}",
+                f"  {_name(row)}",
                 *(
                     ["", "", ""]
                     if row.error
@@ -99,8 +112,9 @@ def render(rows: Sequence[Measurement]) -> str:
         if row.error:
             text.append(f"    {row.error}")
         elif row.extra:
-            text.append("    " + ", ".join(_words(name, value) for name, value in row.extra.items()))
-    text.append("Ours is lightning_dlrm; --help explains the others.")
+            shown_names = [name for name in row.extra if not name.endswith(("_low", "_high"))]
+            text.append("    " + ", ".join(_words(row, name) for name in shown_names))
+    text.append("Times are medians of the rounds; less is better. --help has the details.")
     if any(row.spread_s for row in shown):
         text.append("The spread is the time of the slowest round minus that of the fastest.")
     if any(row.floor_s is not None for row in shown):
@@ -108,14 +122,22 @@ def render(rows: Sequence[Measurement]) -> str:
     return "\n".join(text)
 
 
-def _words(name: str, value: float) -> str:
-    """Return a further number of a row in words.
+def _name(row: Measurement) -> str:
+    """Return what the contender of a row is."""
+    return "lightning_dlrm" if row.implementation == "ours" else _others(row.work)[row.implementation]
 
-    >>> _words("speed_over_baseline", 1.6384), _words("peak_bytes", 2.0**30), _words("encode_s", 0.5)
-    ('1.64 times as fast as the baseline', 'peak memory 1 GiB', 'encode 500 ms')
-    """
+
+def _others(work: str) -> Mapping[str, str]:
+    return {"baseline": "the baseline", "peer": "the peer", **_NAMES.get(work, {})}
+
+
+def _words(row: Measurement, name: str) -> str:
+    """Return a further number of a row in words; of a speed also its range over the rounds."""
+    value, extra = row.extra[name], row.extra
     if name in _WORDS:
-        return _WORDS[name].format(value)
+        words = _WORDS[name].format(value, **_others(row.work))
+        low, high = (f"{extra.get(f'{name}_{end}', value):.3g}" for end in ("low", "high"))
+        return f"{words} ({low} to {high} in the rounds)" if low != high else words
     if name in _SIZES:
         return _SIZES[name].format(binary_size(value))
     if name in _TIMES:

@@ -32,8 +32,8 @@ from lightning_dlrm.bench.measurement import (
     add_peer_python,
     add_steps,
     check,
+    speed_over,
     time_rounds,
-    times_as_fast,
 )
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
@@ -170,8 +170,8 @@ def speeds_of_ours(
     """
     if implementation != "ours":
         return {}
-    return {
-        f"speed_over_{name}": times_as_fast(seconds["ours", precision], of_other)
-        for (name, other), of_other in seconds.items()
-        if name != "ours" and (other == precision or (name, precision) not in seconds)
-    }
+    speeds: dict[str, float] = {}
+    for (name, other), of_other in seconds.items():
+        if name != "ours" and (other == precision or (name, precision) not in seconds):
+            speeds |= speed_over(name, seconds["ours", precision], of_other)
+    return speeds

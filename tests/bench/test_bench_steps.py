@@ -27,7 +27,7 @@ from lightning_dlrm.bench.contenders import (
 )
 from lightning_dlrm.bench.figures import draw_roofline
 from lightning_dlrm.bench.gpu import loss_targets, render_targets
-from lightning_dlrm.bench.measurement import Measurement, times_as_fast
+from lightning_dlrm.bench.measurement import Measurement, machine, times_as_fast
 from lightning_dlrm.bench.paper import OPERATORS
 from lightning_dlrm.bench.processes import Worker
 from lightning_dlrm.bench.rendering import headline, render
@@ -158,7 +158,8 @@ def test_rows_have_the_promised_fields(
         assert set(row) >= FIELDS and row["work"] == arguments[0] and row["batch_size"] == 16
         assert row["samples_per_s"] == pytest.approx(16 / row["median_s"]) and row["floor_s"] > 0
     first = capsys.readouterr().out.splitlines()[0]
-    assert re.search(r"batch 16, 32-true, cpu: ours takes .* for 16 samples, .* times as fast as the baseline", first)
+    compared = r"times as fast as plain PyTorch \([\d.]+ to [\d.]+ in the rounds\)"
+    assert re.search(rf"batch 16, 32-true, cpu: lightning_dlrm takes .* for 16 samples, .* {compared}", first)
 
 
 @pytest.mark.parametrize("make", [OurStep, PlainStep])
@@ -277,7 +278,27 @@ def test_quotients_are_those_of_each_round() -> None:
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["bench", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert message in said.err and not said.out
+
+
+def test_what_is_known_before_the_first_result_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no clock")
+
+    monkeypatch.setattr("lightning_dlrm.bench.step.time_rounds", fail)
+    file = tmp_path / "rows.json"
+    # The error of this file counts as one in the user's own code.
+    assert main(["bench", "step", "--max-rows", "50", "--batch-size", "16", "--json", str(file)]) == 2
+    (known,) = json.loads(file.read_text())
+    assert known["error"] == "RuntimeError: no clock" and known["machine"] == machine()
+    assert known["command"].startswith("python -m lightning_dlrm bench step --device cpu --precision 32-true ")
+    first, kernels, *_, of_machine, command, reason = capsys.readouterr().out.splitlines()
+    assert (first, reason) == ("bench step failed before its first result", "reason: RuntimeError: no clock")
+    assert kernels.startswith("kernels of ours: ")
+    assert (of_machine, command) == (f"machine: {known['machine']}", f"command: {known['command']}")
 
 
 def _copy(ours: torch.nn.Module, plain: PlainDLRM | PlainDCN) -> None:
@@ -318,7 +339,7 @@ def test_a_table_of_one_round_has_no_spread_and_uncertain_rows_are_counted() -> 
     said = render([row("ours", 1.0, 1.1), row("peer", 2.0, 4.0)])
     assert said.count("The spread is the time of the slowest round minus that of the fastest.") == 1
     (warning,) = headline([row("ours", 1.0, 1.5), row("peer", 2.0, 4.0), row("baseline", 1.0, 1.1)])
-    assert "(peer) differ by 67% of their median (and those of 1 other row by less)" in warning
+    assert "(scikit-learn) differ by 67% of their median (and those of 1 other row by less)" in warning
 
 
 def test_a_slow_profiler_is_named() -> None:
