@@ -220,15 +220,16 @@ class _Progress:
         at = []
         for each in running:
             job = each.job
-            seen, total, phase = min(trained_samples(job.run), job.samples), job.samples, ""
+            seen, total = min(trained_samples(job.run), job.samples), job.samples
             self._seen[job.name] = seen
+            phase, start = "", ": starting"
             if not each.waiting:
-                seen, total, phase = job.scored * scored_share(job.log, each.began), job.scored, ": scoring"
+                seen, total = job.scored * scored_share(job.log, each.began), job.scored
+                phase, start = ": scoring", ": starting to score"
                 self._seen[job.name] += seen
             # A process that starts has no share yet.
-            at.append(
-                f"{job.name}{phase}" + (f" {100 * seen / total:.0f}%" if seen > 0 and total < float("inf") else "")
-            )
+            share = f" {100 * seen / total:.0f}%" if 0 < total < float("inf") else ""
+            at.append(f"{job.name}{phase}{share}" if seen > 0 else f"{job.name}{start}")
         self._bar.set_postfix_str(", ".join([f"{self._finished}/{len(self._jobs)} runs", *at]), False)
         # The time changes even if no sample is new.
         self._bar.update(int(sum(self._seen.values())) - self._bar.n)

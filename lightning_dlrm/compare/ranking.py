@@ -22,11 +22,10 @@ def title_of(arms: Sequence[Arm]) -> str:
     data = by_data(arms)
     if len(data) > 1:
         return " and ".join(f"{_listed([arm.name for arm in of_data])} on {name}" for name, of_data in data.items())
-    dataset, protocol = arms[0]["dataset"], arms[0]["protocol"]
+    protocol = arms[0]["protocol"]
     # Logs with a schema of their own have no named protocol.
     named = protocol not in ("demo", "schema")
-    made = "generated " * (dataset != "demo" and arms[0].runs[0].generated)
-    on = f"{made}{dataset} data{f' (protocol {protocol})' * named}"
+    on = f"{_data(arms[0])}{f' (protocol {protocol})' * named}"
     both = [(_network(arm), _class(arm, "table_optimizer")) for arm in arms]
     networks, rules = (list(dict.fromkeys(part)) for part in zip(*both, strict=True))
     crossed = len(set(both)) == len(networks) * len(rules) == len(arms)
@@ -40,6 +39,12 @@ def title_of(arms: Sequence[Arm]) -> str:
         return f"{_listed([arm.name for arm in arms])}, {on}"
     under = f" under {_listed(rules)}" if crossed and len(rules) > 1 else ""
     return f"{_listed(networks)}{under}, {on}"
+
+
+def _data(arm: Arm) -> str:
+    """Return the name of a configuration's data in a sentence."""
+    made = "generated " * (arm["dataset"] != "demo" and arm.runs[0].generated)
+    return f"{made}{arm['dataset']} data"
 
 
 def is_figure5(arms: Sequence[Arm]) -> bool:
@@ -137,8 +142,8 @@ def _digits(interval: Interval) -> int:
 
 
 def answer(comparison: Comparison) -> tuple[str, str]:
-    """Return which configuration is best, in one sentence, after those that did not train; then by how much and how
-    surely, what the log loss says, on what data, and whether training was unequal."""
+    """Return which configuration is best, by how much, how surely and on what data, in one sentence, after those that
+    did not train; then why, what the log loss says, which samples were scored, and whether training was unequal."""
     on = f"Scored on {comparison.scored}{_demo(comparison)}.{_unequal(comparison)}"
     failed, advice = _untrained(comparison)
     if comparison.warnings:
@@ -202,7 +207,8 @@ def _above(comparison: Comparison, first: Arm, second: Arm) -> str:
 
 
 def _verdict(comparison: Comparison) -> tuple[str, str]:
-    """Return which of the configurations is best, in one sentence; then by how much and how surely."""
+    """Return which of the configurations is best, by how much, how surely and on what data, in one sentence; then why
+    there is no verdict, and what the log loss says."""
     first, second, *_ = arms = ranked(comparison)
     pairs = [pair_of(comparison, first, arm) for arm in arms[1:]]
     auc, above = _mean_auc(comparison, first), _above(comparison, first, second)
@@ -210,35 +216,36 @@ def _verdict(comparison: Comparison) -> tuple[str, str]:
     single = [pair.loser for pair in pairs if pair.single]
     more_seeds = _more_seeds(comparison, [arm for arm in arms if len(arm.seeds) < 2])
     lead = ""
+    on, highest = f"on {_data(first)}", f"{first.name} has the highest AUC, {auc}, {above}"
     if pairs[0].single and not undecided:
-        head = f"No verdict from one seed: {first.name} has the highest AUC, {auc}."
-        lead = f"{first.name} is {above}; {pairs[0].reason}. {more_seeds}".rstrip()
+        head = f"No verdict from one seed {on}: {highest}."
+        reason = pairs[0].reason
+        lead = f"{reason[0].upper()}{reason[1:]}. {more_seeds}".rstrip()
     elif undecided:
-        head = f"No clear winner with {_seeds(comparison)}: {first.name} has the highest AUC, {auc}."
-        lead = f"{first.name} is {above}{_undecided_lead(comparison, undecided)}"
-        lead += "".join(f" {sentence}." for sentence in _decided(comparison, "auc"))
+        head = f"No clear winner {on}: {highest}, {_seeds(comparison)}."
+        lead = " ".join([_why_undecided(comparison, undecided), *(f"{s}." for s in _decided(comparison, "auc"))])
     else:
-        head = f"{first.name} wins: AUC {auc}, {above}, {_seeds(comparison)}."
+        head = f"{first.name} wins {on}: AUC {auc}, {above}, {_seeds(comparison)}."
         if single:
             head += f" With one seed there is no verdict against {_listed(single)}."
             lead = more_seeds
     return head, " ".join(filter(None, [lead, _by_log_loss(comparison, first, second)]))
 
 
-def _undecided_lead(comparison: Comparison, undecided: Sequence[Pair]) -> str:
-    """Return what follows the lead over the second: over which others it has no verdict, why, and what gives one."""
+def _why_undecided(comparison: Comparison, undecided: Sequence[Pair]) -> str:
+    """Return over which others the first has no verdict, why, and what makes one more likely."""
     # An interval may exclude 0 without a verdict.
     excluding = [pair.loser for pair in undecided if pair.unadjusted != pair.verdict]
     level = [pair.loser for pair in undecided if pair.unadjusted == pair.verdict]
-    near = ranked(comparison)[1].name
-    text = f", and not distinguishable from {_listed(level)}." if level else "."
-    if level == [near]:
-        text = ": the two are not distinguishable."
+    name, said = ranked(comparison)[0].name, []
+    if level:
+        said.append(f"{name} is not distinguishable from {_listed(level)}: the interval contains 0.")
     if excluding:
         leads, intervals = ("lead over", "has an interval") if len(excluding) == 1 else ("leads over", "have intervals")
         of = f"{'the two are' if len(excluding) == 1 else 'they are'} not distinguishable after adjustment for"
         verdicts = sum(not pair.single for pair in comparison.pairs)
-        text += f" Its {leads} {_listed(excluding)} {intervals} above 0, but {of} {verdicts} comparisons."
+        said.append(f"Its {leads} {_listed(excluding)} {intervals} above 0, but {of} {verdicts} comparisons.")
+    text = " ".join(said)
     if undecided[0].difference.mostly_seeds:
         return f"{text} Most of the uncertainty comes from the seeds. {_more_seeds(comparison, ranked(comparison))}"
     return (
@@ -324,4 +331,4 @@ def _seeds(comparison: Comparison) -> str:
 def _demo(comparison: Comparison) -> str:
     if not any(arm.runs[0].generated for arm in comparison.arms):
         return ""
-    return f": {comparison.arms[0]['dataset']} data, generated clicks that say nothing about real ones"
+    return ": generated clicks, which say nothing about real ones"

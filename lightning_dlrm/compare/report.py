@@ -117,15 +117,16 @@ def _overlapping(comparison: Comparison) -> bool:
 
 def _summary(comparison: Comparison) -> list[list[str]]:
     """Return every score of every configuration, a row each; the first row has the titles."""
-    titles, best = _titles(comparison), f"{names.VALIDATION}/auc"
-    arms = ranked(comparison)
-    columns = [
-        [*(arm.name for arm in arms), *[CLICK_RATE_ALONE] * bool(comparison.click_rate_alone)],
-        *(with_spread(comparison, metric) for metric in titles),
-        [f"{np.mean([run.best[best] for run in arm.runs]):.5f}" for arm in arms],
-    ]
-    titles_row = ["configuration", *titles.values(), "best validation AUC"]
-    return [titles_row, *(list(row) for row in zip_longest(*columns, fillvalue=""))]
+    best, arms = f"{names.VALIDATION}/auc", ranked(comparison)
+    columns = {
+        "configuration": [*(arm.name for arm in arms), *[CLICK_RATE_ALONE] * bool(comparison.click_rate_alone)],
+        **{title: with_spread(comparison, metric) for metric, title in _titles(comparison).items()},
+    }
+    # Beside the AUC: a narrow page shows the first columns.
+    of_validation = [f"{np.mean([run.best[best] for run in arm.runs]):.5f}" for arm in arms]
+    (name, names_shown), (auc, aucs), *others = columns.items()
+    columns = {name: names_shown, auc: aucs, "best validation AUC": of_validation, **dict(others)}
+    return [list(columns), *(list(row) for row in zip_longest(*columns.values(), fillvalue=""))]
 
 
 def _costs(comparison: Comparison, anatomies: Mapping[str, Anatomy], steps: StepTimes) -> list[list[str]]:

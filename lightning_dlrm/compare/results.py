@@ -126,8 +126,8 @@ class Comparison:
         if not judged:
             return ""
         return (
-            f"verdicts and p are adjusted for their number, {judged}, by Holm's method: if all configurations are "
-            "equal, at most 5% of comparisons have a verdict that two differ"
+            f"verdicts and p are adjusted for the {judged} differences by Holm's method: if no configurations differ, "
+            "a comparison says otherwise in at most 5% of cases"
         )
 
     def published(self, arm: Arm) -> list[str]:

@@ -302,7 +302,7 @@ def test_finished_runs_give_a_report(monkeypatch: pytest.MonkeyPatch, capsys: py
         assert pair["low"] < pair["difference"] < pair["high"]
         assert 0 < pair["p"] <= pair["p_adjusted"] <= min(1, 2 * pair["p"]) and pair["verdict_unadjusted"] == "a_better"
         assert pair["seed_variance"] > 0 <= pair["sample_variance"] and pair["degrees_of_freedom"] == 2
-    assert "adjusted for their number, 2, by Holm's method" in said
+    assert "adjusted for the 2 differences by Holm's method" in said
     of_dlrm = document["arms"][0]["intervals"]["log_loss"]
     assert document["arms"][0]["name"] == "DLRM" and of_dlrm["low"] < of_dlrm["mean"] < of_dlrm["high"]
     means = [
@@ -330,15 +330,14 @@ def test_finished_runs_give_a_report(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "<th>adjusted p</th>" in html and "<th>without adjustment</th>" in html
     assert "is better than DCN by AUC" in html and "<h1>DLRM and DCN, demo data</h1>" in html
     # The answer comes first, on the terminal too: who, by how much, how sure, on what.
-    pattern = r"DLRM wins: AUC 0\.\d+, (\S+) above DCN \(95% interval (\S+) to (\S+)\), 3 seeds each\."
+    pattern = r"DLRM wins on demo data: AUC 0\.\d+, (\S+) above DCN \(95% interval (\S+) to (\S+)\), 3 seeds each\."
     for text in (said, html):
         answer = re.search(pattern, text)
-        assert (
-            answer is not None and "By log loss DLRM is better too, lower by" in text and "demo data, generated" in text
-        )
+        assert answer is not None and "By log loss DLRM is better too, lower by" in text and "split: generated" in text
         value, low, high = map(float, answer.groups())
         assert (value, low, high) == pytest.approx((auc["difference"], auc["low"], auc["high"]), abs=6e-4)
     first, second = (html.index(f'data-name="configuration">{name}</td>') for name in ("DLRM", "DCN"))
+    assert "<th>AUC</th><th>best validation AUC</th><th>log loss</th>" in html
     assert html.index("DLRM wins") < first < second < html.index("<h2>Differences</h2>")
     assert "<th>verdict</th>" in html and re.search(
         r'data-name="verdict">worse \(p (0\.\d{4}|&lt;0\.0001)\)</td>', html
@@ -360,7 +359,7 @@ def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys
     said, html = capsys.readouterr().out, " ".join(Path("out/report.html").read_text().split())
     for text in (said, html):
         assert f"no verdict on DLRM and DCN by AUC: {reason} (" in text.replace("<strong>", "").replace("</strong>", "")
-        assert "No verdict from one seed: DLRM has the highest AUC" in text
+        assert "No verdict from one seed on demo data: DLRM has the highest AUC, 0." in text
         # Finished runs have no option --seeds.
         assert "Train DLRM and DCN again with other values of seed_everything, and give those runs too." in text
         assert "--seeds" not in text
@@ -448,7 +447,9 @@ def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
     assert main(["compare", *map(str, paths), "--output", "out"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "No verdict from one seed" not in said
-    assert re.search(r"dlrm-1 wins: AUC 0\.\d+, 0\.\d+ above dcn-1 \(95% interval [^)]*\), 1 to 3 seeds\. ", said), said
+    assert re.search(
+        r"dlrm-1 wins on demo data: AUC 0\.\d+, 0\.\d+ above dcn-1 \(95% interval [^)]*\), 1 to 3 seeds\. ", said
+    ), said
     advice = "Train wider-1 again with other values of seed_everything, and give those runs too."
     assert (
         f"With one seed there is no verdict against wider-1. {advice} By log loss dlrm-1 is better than dcn-1 too"
@@ -509,7 +510,7 @@ def test_auc_by_group_is_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         r"^AUC by group .*\n.*  not distinguishable$", said, re.MULTILINE
     )
     assert of_groups["low"] < of_groups["difference"] < of_groups["high"]
-    assert "<h1>DLRM and DCN, generated own data (protocol own)</h1>" in html and ": own data, generated clicks" in said
+    assert "<h1>DLRM and DCN, generated own data (protocol own)</h1>" in html and "split: generated clicks" in said
     (header,) = (line for line in said.splitlines() if "accuracy  AUC by group" in line)
     assert len(header) < 80
 
@@ -759,10 +760,14 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
     of_dlrm, of_dcn = "DLRM 2,000", "DCN 1,000 to 2,000"
     _, more = answer(comparison)
     assert more.endswith((f"{unequal}{of_dlrm}; {of_dcn}.", f"{unequal}{of_dcn}; {of_dlrm}."))
-    # The first sentence is short; the reason why there is no verdict follows it.
+    # The first sentence has the lead, its interval and the data; the reason why there is no verdict follows it.
     pairs = [dataclasses.replace(p, verdict="not_distinguishable", unadjusted="a_better") for p in comparison.pairs]
     head, more = answer(dataclasses.replace(comparison, pairs=pairs))
-    assert re.fullmatch(r"No clear winner with 2 seeds each: \w+ has the highest AUC, 0\.\d{4}\.", head)
+    assert re.fullmatch(
+        r"No clear winner on demo data: \w+ has the highest AUC, 0\.\d{4}, 0\.\d+ above \w+ "
+        r"\(95% interval [^)]*\), 2 seeds each\.",
+        head,
+    )
     assert (
         "has an interval above 0, but the two are not distinguishable after adjustment for 2 comparisons. "
         "Most of the uncertainty comes from the "
@@ -1133,12 +1138,7 @@ def test_the_bar_is_full_when_all_is_scored(tmp_path: Path) -> None:
         (tmp_path / "a/metrics.jsonl").write_text('{"step": 4, "samples": 100}\n')
         running.waiting.clear()
         progress.show([running])
-        assert (
-            str(progress._bar).endswith("0/1 runs, a: scoring")
-            and " 62%" in str(progress._bar)
-            and "a: scoring" in str(progress._bar)
-            and " 62%" in str(progress._bar)
-        )
+        assert str(progress._bar).endswith("0/1 runs, a: starting to score") and " 62%" in str(progress._bar)
         log.write(b"predict  50%|# | batches 1/2 00:10<00:10\n")
         log.flush()
         progress.show([running])
