@@ -58,6 +58,8 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
 }
 """Operator -> the parts of a step that it consists of: see ``breakdown.marked_parts``."""
 
+_SHOWN = {"ours": "lightning_dlrm", "baseline": "plain PyTorch"}
+"""Contender -> its name in tables and figures."""
 _MOST_SLOWED = 2
 """Time of a step under the profiler, in steps without it, from which on the shares of operators are uncertain."""
 _PUBLISHED_BATCHES, _PUBLISHED_BATCH_SIZE = 1000, 2048
@@ -131,17 +133,13 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     typical = {key: _typical(profile) for key, profile in profiles.items()}
     parts = {p: _parts(typical["ours", p], roofline.costs(workload, batches, p)) for p in args.precision}
     for precision, of_parts in parts.items():
-        keys = [key for key in typical if key[1] == precision]
-        print(
-            render_operators(
-                precision, {k[0]: _operators(typical[k]) for k in keys}, {k[0]: unprofiled[k] for k in keys}
-            )
-        )
+        named = {_SHOWN[key[0]]: key for key in typical if key[1] == precision}
+        operators = {name: _operators(typical[key]) for name, key in named.items()}
+        print(render_operators(precision, operators, {name: unprofiled[key] for name, key in named.items()}))
         print(render_roofline(precision, of_parts, rates))
     if args.plot is not None:
-        shown = {"ours": "lightning_dlrm", "baseline": "plain PyTorch"}
         bars = {
-            f"{shown[key[0]]}\n{key[1]}": (_operators(step_parts), unprofiled[key])
+            f"{_SHOWN[key[0]]}\n{key[1]}": (_operators(step_parts), unprofiled[key])
             for key, step_parts in typical.items()
         }
         _draw(args, f"{title}, batch {args.batch_size:,}", bars, parts, rates)
@@ -231,8 +229,9 @@ def render_operators(
     cells.append(("step", *(f"{duration(seconds)} {1:4.0%}" for seconds in steps.values())))
     cells.append(("without the profiler", *(f"{duration(unprofiled[name])}     " for name in columns)))
     notes = [
-        "Under the profiler, the step of median time. Ours makes the gradients of table",
-        "rows in the update, the baseline in embedding backward.",
+        "Under the profiler, the step of median time; less is better. lightning_dlrm",
+        "makes the gradients of table rows in the optimizer, plain PyTorch in embedding",
+        "backward.",
     ]
     if slowed := [name for name in columns if steps[name] > _MOST_SLOWED * unprofiled[name]]:
         notes += [
@@ -244,7 +243,7 @@ def render_operators(
 
 def render_roofline(precision: str, parts: PartTimes, rates: roofline.MachineRates) -> str:
     """Return a table of what bounds each part of ours, and the share of that bound that it reaches."""
-    cells = [(f"ours, {precision}", "MFLOP", "MB", "FLOP/byte", "bound by", "floor", "takes", "reaches")]
+    cells = [(precision, "MFLOP", "MB", "FLOP/byte", "bound by", "floor", "takes", "reaches")]
     for part, (cost, seconds) in parts.items():
         floor = rates.floor(cost.flops, cost.bytes, precision)
         cells.append(
@@ -259,4 +258,5 @@ def render_roofline(precision: str, parts: PartTimes, rates: roofline.MachineRat
                 f"{floor / seconds:.{0 if floor / seconds >= 0.01 else 1}%}",
             )
         )
-    return "\n".join([*aligned(cells, left=(0, 4)), ""])
+    notes = ["Of lightning_dlrm; reaches: floor / takes. 100% is the limit of this machine."]
+    return "\n".join([*aligned(cells, left=(0, 4)), *notes, ""])
