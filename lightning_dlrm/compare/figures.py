@@ -329,6 +329,7 @@ class _ResultDrawing(Drawing):
             "Results of every seed",
             f"On the {comparison.split} split: a mark for each run"
             + ("." if comparison.one_seed else ", a bar for the mean of a configuration.")
+            + " Higher is better for AUC and accuracy, lower for log loss."
             + f" Dotted: the accuracy of the {CLICK_RATE_ALONE}." * bool(comparison.click_rate_alone),
         )
 
