@@ -777,6 +777,13 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
         differences = [dataclasses.replace(p.difference, seed_variance=seeds, sample_variance=0.5) for p in pairs]
         both = [dataclasses.replace(p, difference=d) for p, d in zip(pairs, differences, strict=True)]
         assert remedy in answer(dataclasses.replace(comparison, pairs=both))[1]
+    # If the mean of a configuration is random, none of its runs has trained.
+    arm = comparison.arms[1]
+    lucky = {
+        run.name: dataclasses.replace(scores[run.name], metrics=scores[run.name].metrics | {"auc": auc})
+        for run, auc in zip(arm.runs, (0.62, 0.38), strict=True)
+    }
+    assert dataclasses.replace(comparison, scores=scores | lucky).random_runs(arm) == list(arm.runs)
     found_parts = {arm.name: anatomy(arm.runs[0]) for arm in comparison.arms}
     # A step of 200 samples at 100 samples/s takes 2,000 ms; that of DCN 2,500 ms in the median.
     in_training = {"DLRM": 2000.0, "DCN": 2500.0}
