@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_dlrm.cli.configs import expand_home
+from lightning_dlrm.cli.configs import expand_home, with_option_as_typed
 from lightning_dlrm.cli.plain_parser import PlainParser
 from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.contracts.documents import printable
@@ -86,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if mistake is None or shows_tracebacks:
             raise
         if _is_printed_here(mistake):
-            message = printable(_with_paths_as_typed(str(mistake), arguments))
-            lines = wrapped([f"error: {message}"], sys.stderr)
+            message = _with_paths_as_typed(with_option_as_typed(str(mistake), arguments), arguments)
+            lines = wrapped([f"error: {printable(message)}"], sys.stderr)
             print(lines.replace("error:", emphasized("error:", sys.stderr, RED), 1), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

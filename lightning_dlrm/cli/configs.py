@@ -1,6 +1,7 @@
 """Finding configurations by name."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import yaml
 
 from lightning_dlrm.contracts.documents import YAML_FAULTS, read_yaml, yaml_fault
-from lightning_dlrm.contracts.errors import UserError, listed, nearest, require
+from lightning_dlrm.contracts.errors import UserError, joined, listed, nearest, require
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names, yaml_files_beside
 from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
@@ -87,28 +88,50 @@ def _resolve_run_config(name: str) -> str:
     return yaml.safe_dump(document, sort_keys=False) if notes else str(path)
 
 
-def replaced_classes(arguments: Sequence[str]) -> list[str]:
-    """Return a sentence for each class of the network or the data that a later whole configuration replaces.
+_NETWORK = "model.network.class_path"
+_CLASSES = (_NETWORK, "data.class_path")
 
-    A configuration is whole if it chooses a network. Usually it comes first, and overlays come after it.
+
+def replaced_settings(arguments: Sequence[str]) -> list[str]:
+    """Return a sentence for each configuration of which a later whole configuration replaces settings.
+
+    A configuration is whole if it chooses a network. Usually it comes first, and overlays come after it. Of an earlier
+    whole configuration only the classes of the network and the data count.
+
+    Raises:
+        UserError: all settings of an overlay are replaced.
     """
     said: list[str] = []
-    chosen: dict[str, tuple[str, str]] = {}
-    for name in given_configs(arguments):
-        settings = flat(read_yaml(find_config(name)))
-        is_whole = "model.network.class_path" in settings
-        for key in ("model.network.class_path", "data.class_path"):
-            found = settings.get(key)
-            if found is None:
+    names = given_configs(arguments)
+    files = [(name, flat(read_yaml(find_config(name)))) for name in names]
+    for i, (name, settings) in enumerate(files):
+        for later, whole in files[i + 1 :]:
+            if _NETWORK not in whole or name in names[i + 1 :]:
                 continue
-            file, before = chosen.get(key, (name, found))
-            if is_whole and before.rpartition(".")[2] != found.rpartition(".")[2]:
-                said.append(
-                    f"{name} replaces {key} {before} of {file} by {found}, because it comes later: if that is not "
-                    f"meant, give --config {name} before --config {file}"
-                )
-            chosen[key] = name, found
+            replaced = [key for key in _replaced(settings, whole) if _NETWORK not in settings or key in _CLASSES]
+            if not replaced:
+                continue
+            remedy = f"give --config {later} before --config {name}"
+            has_effect = any(key not in whole and key not in replaced for key in settings)
+            require(
+                has_effect or _NETWORK in settings,
+                f"{later} replaces all settings of {name}, because it comes later: {remedy}",
+            )
+            words = joined([f"{key} {settings[key]}" for key in replaced[:3]], "and")
+            more = f" and {len(replaced) - 3} more settings" if len(replaced) > 3 else ""
+            said.append(
+                f"{later} replaces {words}{more} of {name}, because it comes later: if that is not meant, {remedy}"
+            )
     return said
+
+
+def _replaced(settings: Mapping[str, Any], later: Mapping[str, Any]) -> list[str]:
+    """Return the keys of settings that have other values later, or belong to a class that is replaced; classes of
+    the network and the data first."""
+    changed = [key for key, value in settings.items() if key in later and later[key] != value]
+    of_class = tuple(f"{key.removesuffix('class_path')}init_args." for key in changed if key.endswith(".class_path"))
+    found = [key for key in settings if key in changed or key.startswith(of_class)]
+    return sorted(found, key=lambda key: key not in _CLASSES)
 
 
 def given_configs(arguments: Sequence[str]) -> list[str]:
@@ -129,14 +152,39 @@ def file_with_key(arguments: Sequence[str], key: str) -> str | None:
         arguments: of a command line.
         key: a full key, or its last parts.
     """
-    options = [argument.partition("=")[0].replace(".init_args", "") for argument in arguments]
-    if any(f".{option.removeprefix('--')}".endswith(f".{key}") for option in options if option.startswith("--")):
+    if option_with_key(arguments, key) is not None:
         return None
     for name in reversed(given_configs(arguments)):
         keys = (f".{found.replace('.init_args', '')}" for found in flat(read_yaml(find_config(name))))
         if any(found.endswith(f".{key}") or found.startswith(f".{key}.") for found in keys):
             return name
     return None
+
+
+def option_with_key(arguments: Sequence[str], key: str) -> str | None:
+    """Return the last option among the arguments that sets a key or shows its help, as it is typed; None if there is
+    none.
+
+    Args:
+        arguments: of a command line.
+        key: a full key, or its last parts.
+    """
+    for option in reversed([argument.partition("=")[0] for argument in arguments if argument.startswith("--")]):
+        name = f".{option.removeprefix('--').removesuffix('+').replace('.init_args', '')}"
+        if name.endswith((f".{key}", f".{key}.help")):
+            return option.removesuffix("+")
+    return None
+
+
+def with_option_as_typed(message: str, arguments: Sequence[str]) -> str:
+    """Return a message about a key as one about the option that sets it, if an option does.
+
+    >>> with_option_as_typed("ranks is zero; expected a whole number", ["--ranks", "zero"])
+    '--ranks is zero; expected a whole number'
+    """
+    found = re.match(r"([\w.]+)(?= is | takes |: )", message)
+    option = None if found is None else option_with_key(arguments, found[1])
+    return message if found is None or option is None else f"{option}{message[found.end() :]}"
 
 
 def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

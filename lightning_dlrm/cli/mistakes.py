@@ -1,22 +1,22 @@
 """Error messages of the command line: jsonargparse's messages shortened to one line each."""
 
-import difflib
 import inspect
 import itertools
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from lightning_dlrm.cli.classes import OFFERED_CLASSES, PRECISIONS
-from lightning_dlrm.cli.configs import file_with_key
+from lightning_dlrm.cli.configs import file_with_key, option_with_key
 from lightning_dlrm.cli.plain_parser import long_form, words_of_fault
 from lightning_dlrm.cli.short_help import EVALUATIONS
+from lightning_dlrm.cli.suggestions import suggested_keys
 from lightning_dlrm.cli.trust import refusal
 from lightning_dlrm.contracts.errors import listed, nearest, nearest_first
-from lightning_dlrm.tables.embeddings import TableSettings
 from lightning_dlrm.tracking.run_folder import CONFIG
 
 _PUBLISHED = "a list of metric, value and source, such as [{metric: auc, value: 0.8, source: a paper}]"
@@ -32,16 +32,18 @@ _NO_MODEL = (
 
 
 def with_place(message: str, command: str, arguments: Sequence[str]) -> str:
-    """Return a message with the place of what it is about: the file that has a key, the option that lacks a value, or
-    the configuration of the checkpoint that is given without one.
+    """Return a message with the place of what it is about: the file that has a key, the option that is unknown or lacks
+    a value, or the configuration of the checkpoint that is given without one.
 
     Args:
         message: the message.
         command: name of the command.
         arguments: of the command line.
     """
-    if (key := re.match(r"unknown key ([\w.]+)|([\w.]+)(?: is |: )", message)) is not None:
-        file = file_with_key(arguments, key[1] or key[2])
+    if (found := re.match(r"unknown key ([\w.-]+)|([\w.]+)(?: is | takes |: )", message)) is not None:
+        if found[1] and (typed := option_with_key(arguments, found[1])):
+            return _as_option(message, found[1], typed)
+        file = file_with_key(arguments, found[1] or found[2])
         return message if file is None else f"{file}: {message}"
     if (option := re.match(r"(--[\w.-]+) needs a value", message)) is not None:
         # argparse names an option's section, such as --data of --data.path.
@@ -66,14 +68,25 @@ def with_place(message: str, command: str, arguments: Sequence[str]) -> str:
     return f"no model is chosen: give the configuration of the checkpoint's run, --config {run / CONFIG}"
 
 
+def _as_option(message: str, key: str, option: str) -> str:
+    """Return the message about an unknown key as one about an option.
+
+    >>> _as_option("unknown key confg; did you mean config?", "confg", "--confg")
+    'unknown option --confg; did you mean --config?'
+    """
+    words = message.replace(f"unknown key {key}", f"unknown option {option}", 1)
+    dashed = partial(re.sub, r"(?<![\w.])(?!or\b)\w[\w.]*", r"--\g<0>")
+    return re.sub(r"(?<=; did you mean ).*(?=\?$)", lambda found: dashed(found[0]), words)
+
+
 def explain(message: str, known: Sequence[str]) -> str:
     """Return jsonargparse's message in one line, with the nearest key or class if one is misspelt."""
     if fault := re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL):
         return words_of_fault(long_form(fault[1]), fault[2])
     if unknown := re.fullmatch(r"unrecognized arguments: ([^-]\S*)(?<!\.yaml)(?<!\.yml)(?: .*)?", message):
         return f"unknown argument {unknown[1]}; options begin with --, and --help lists them"
-    named = re.search(r'Parser key "([\w.]+)"', message)
-    key = named[1] if named else "value"
+    named = re.search(r'Parser key "([\w.]+)"|^--([\w.]+)\.help: ', message)
+    key = named[1] or named[2] if named else "value"
     given = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
     if explained := _explain_import(key, message):
         return explained
@@ -93,17 +106,17 @@ def explain(message: str, known: Sequence[str]) -> str:
     if match := re.search(r"unrecognized arguments: (?!-)(\S+\.ya?ml)\b", message):
         return f"unrecognized argument {match[1]}; did you mean --config {match[1]}?"
     if match := re.search(
-        r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)",
+        r"Option '([\w.-]+)' is not accepted|Group '([\w.]+)' does not accept option '([\w.-]+)'"
+        r"|unrecognized arguments: --([\w.-]+)",
         message,
     ):
-        key = match[1] or match[2] or match[3]
-        return f"unknown key {key}{_NO_KEYS if set(known) <= {'help'} else _nearest_key(key, known)}"
+        key = match[1] or match[4] or f"{match[2]}.{match[3]}"
+        return f"unknown key {key}{_NO_KEYS if set(known) <= {'help'} else suggested_keys(key, known)}"
     if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
         name = match[1] or match[2]
         if key != "value" and not classes_of(key) and key.startswith("model."):
             return f"{key} is {name}; expected keys with values, which --{key}.help lists"
-        names = classes_of(key) or _fitting("object")
-        return f"no class {name}{nearest_first(name, names, 'known classes:')}"
+        return f"{key} takes no class {name}{nearest_first(name, classes_of(key) or _fitting('object'), 'it takes')}"
     if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss)", message):
         return _explain_class(message, match[1])
     if "PublishedScore" in message:
@@ -219,7 +232,7 @@ def _explain_factory(key: str, message: str) -> str:
     found = re.search(r"Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S)
     reason = re.sub(r".*expects a function or a callable class: ", "", found[1] if found else message, flags=re.S)
     if match := re.search(r"Expected '([\w.]+)' to be a subclass", reason):
-        base = _BASES.get(key.rpartition(".")[2], "object")
+        base = _BASES.get(key, "object")
         choice = ", ".join(_fitting(base))
         return (
             f"{key}: {match[1]} is not a subclass of {base}; choose one of {choice}, or derive your class from {base}"
@@ -231,16 +244,17 @@ def _explain_factory(key: str, message: str) -> str:
 
 _BASES = {
     "data": "LightningDataModule",
-    "callbacks": "Callback",
-    "logger": "Logger",
-    "profiler": "Profiler",
-    "plugins": "Precision",
-    "network": "CTRNetwork",
-    "loss": "Loss",
-    "schedule": "LRScheduler",
-    "table_optimizer": "UpdateRule",
-    "dense_optimizer": "Optimizer",
-    "wide_optimizer": "UpdateRule",
+    "trainer.callbacks": "Callback",
+    "trainer.logger": "Logger",
+    "trainer.plugins": "Precision",
+    "trainer.profiler": "Profiler",
+    "trainer.strategy": "Strategy",
+    "model.network": "CTRNetwork",
+    "model.loss": "Loss",
+    "model.schedule": "LRScheduler",
+    "model.table_optimizer": "UpdateRule",
+    "model.dense_optimizer": "Optimizer",
+    "model.wide_optimizer": "UpdateRule",
 }
 """Option -> the base class of its values."""
 
@@ -252,60 +266,9 @@ def _fitting(base: str) -> list[str]:
 
 def classes_of(key: str) -> list[str]:
     """Return the names of the classes that a key takes; none if it takes values of other types."""
-    base = _BASES.get(key.rpartition(".")[2])
-    return [] if base is None else _fitting(base)
+    return _fitting(_BASES[key]) if key in _BASES else []
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:
     """Return the keys of all options that a parser's help lists."""
     return list(dict.fromkeys(re.findall(r"--([\w.-]+)", parser.format_help())))
-
-
-def _nearest_key(key: str, known: Sequence[str]) -> str:
-    """Return a suggestion: the nearest key, or the key with its section's name corrected (modle.network)."""
-    parts = key.split(".")
-    for n in range(1, len(parts)):
-        sections = {".".join(split[:n]) for name in known if len(split := name.split(".")) > n}
-        section = ".".join(parts[:n])
-        if section in sections:
-            continue
-        for meant in difflib.get_close_matches(section, sections, n=1):
-            corrected = ".".join([meant, *parts[n:]])
-            # Settings of a class are not listed, but its section has a key for help.
-            if corrected in known or f"{meant}.help" in known:
-                return f"; did you mean {corrected}?"
-        break
-    named = [name for name in known if name.rpartition(".")[2] != "help"]
-    if suggestion := nearest(key, named) or _same_name(parts[-1], named):
-        return suggestion
-    for n in range(len(parts) - 1, 0, -1):
-        if suggestion := nearest(".".join(parts[:n]), named):
-            return suggestion
-    return "; --help.all lists all keys" if "config" in named else f"; expected one of {listed(named)}"
-
-
-_SYNONYMS = {"lr": "learning_rate", "learning_rate": "lr", "folder": "path"}
-"""Name of a key elsewhere -> its name in other classes."""
-
-
-def _same_name(name: str, known: Sequence[str]) -> str:
-    """Return a suggestion: a key of this name, or of its synonym, in another section or in a section's class."""
-    places = list(known)
-    prefix = ""
-    if "config" in known:
-        classes = {"data": "LightningDataModule", "model.table_optimizer": "UpdateRule", "model.network": "CTRNetwork"}
-        for section, base in classes.items():
-            for found in OFFERED_CLASSES:
-                parents = inspect.getmro(found)
-                if base in (parent.__name__ for parent in parents):
-                    # Classes pass options on to their base classes.
-                    keys = (inspect.signature(parent).parameters for parent in parents if parent is not object)
-                    places += [f"{section}.{one}" for names in keys for one in names]
-        prefix = "model.network."
-    if "tables" in known or prefix:
-        places += [f"{prefix}tables.{one}" for one in inspect.signature(TableSettings).parameters]
-    for word in (name, _SYNONYMS.get(name, name)):
-        for place in places:
-            if place.rpartition(".")[2] == word:
-                return f"; did you mean {place}?"
-    return ""

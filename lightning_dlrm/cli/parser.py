@@ -1,7 +1,6 @@
 """The options of a fit, which all commands with a model share, on Lightning's public argument parser."""
 
 import contextlib
-import itertools
 import logging
 import os
 import re
@@ -21,9 +20,10 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
-from lightning_dlrm.cli.configs import replaced_classes, resolve_config_arguments
+from lightning_dlrm.cli.class_help import name_class_of_help
+from lightning_dlrm.cli.configs import replaced_settings, resolve_config_arguments
 from lightning_dlrm.cli.help_text import HelpFormatter, only_settings, readable_help
-from lightning_dlrm.cli.mistakes import classes_of, explain, known_keys, with_place
+from lightning_dlrm.cli.mistakes import explain, known_keys, with_place
 from lightning_dlrm.cli.short_help import EVALUATIONS, SHORT_HELP, TRUST_HELP
 from lightning_dlrm.cli.trust import admit_arguments, check_values
 from lightning_dlrm.contracts.errors import UserError, place_in_own_code, require
@@ -249,10 +249,10 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
         UserError: a configuration or an option is wrong.
     """
     part = next((found[1] for argument in arguments if (found := re.fullmatch(r"--(data\.\w+)\.help", argument))), None)
-    arguments = _name_class_of_help(arguments)
+    arguments = name_class_of_help(arguments)
     admit_arguments(arguments)
     resolved = resolve_config_arguments(arguments)
-    for sentence in replaced_classes(arguments):
+    for sentence in replaced_settings(arguments):
         log.warning(sentence)
     try:
         with only_settings(part):
@@ -267,31 +267,6 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
         given = None if settings.seed_everything is True else settings.seed_everything
         settings.seed_everything = pl.seed_everything(given, workers=True)
     return settings
-
-
-def _name_class_of_help(arguments: Sequence[str]) -> list[str]:
-    """Return arguments in which help for an option of the network or the data, such as ``--model.network.tables.help``,
-    names their class first, as jsonargparse wants it: the class that is given as an option, or DLRM or Criteo.
-
-    Help of a kind of class, such as ``--model.network.help``, prints the classes of this kind and ends the command.
-    """
-    for argument, value in itertools.pairwise([*arguments, "--"]):
-        if value.startswith("-") and argument.endswith(".help") and (names := classes_of(argument[2:-5])):
-            print(f"{argument} CLASS lists the options of a class. Classes:")
-            print("\n".join(f"  {name}" for name in names))
-            raise SystemExit(0)
-    named: list[str] = []
-    for argument in arguments:
-        inner = re.fullmatch(r"--(model\.network|data)\.(?:init_args\.)?([\w.]+)\.help", argument)
-        if inner is not None and f"--{inner[1]}.help" not in arguments:
-            given = [other.partition("=")[2] for other in arguments if other.startswith(f"--{inner[1]}=")]
-            named += [f"--{inner[1]}.help", *(given[-1:] or [{"data": "Criteo"}.get(inner[1], "DLRM")])]
-            if inner[1] == "data":
-                # Help of a class of data lists the keys of its settings, such as demo, too.
-                continue
-            argument = f"--{inner[1]}.{inner[2]}.help"
-        named.append(argument)
-    return named
 
 
 def fill_data_seed(settings: Namespace) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from lightning_dlrm.contracts.errors import UserError, listed, nearest, nearest_first
+from lightning_dlrm.contracts.errors import UserError, joined, listed, nearest, nearest_first
 from lightning_dlrm.contracts.terminal import filled, help_width
 
 _COLUMN = 29
@@ -57,7 +57,7 @@ class HelpParser(argparse.ArgumentParser):
             return self.words_of_missing([long_form(name) for name in match[1].split(", ")])
         if match := re.fullmatch(r"one of the arguments (.*) is required", message):
             names = match[1].split()
-            return f"{_joined(names, 'or')} is missing: give one of them"
+            return f"{joined(names, 'or')} is missing: give one of them"
         return message
 
     def words_of_missing(self, names: Sequence[str]) -> str:
@@ -69,7 +69,7 @@ class HelpParser(argparse.ArgumentParser):
             return f"nothing follows {command}; expected one of {listed(list(map(str, first.choices)), most=40)}"
         usage = " ".join(_usage(name, actions.get(name)) for name in names)
         remedy = f"give {usage}" if names[0].startswith("-") else f"write {command} {usage}"
-        return f"{_joined(names, 'and')} {'is' if len(names) == 1 else 'are'} missing: {remedy}"
+        return f"{joined(names, 'and')} {'is' if len(names) == 1 else 'are'} missing: {remedy}"
 
 
 class PlainParser(HelpParser):
@@ -146,7 +146,7 @@ def _with_choices(name: str, words: str) -> tuple[str, str]:
     """
     if (found := re.search(r"\{(.+)\}$", name)) is None:
         return name, words
-    choices = _joined(found[1].split(","), "or")
+    choices = joined(found[1].split(","), "or")
     return f"{name[: found.start()]}NAME", f"{choices}{'' if words.startswith('(') else ':'} {words}".rstrip(": ")
 
 
@@ -190,8 +190,12 @@ def _names(action: argparse.Action) -> list[str]:
 
 
 def long_form(name: str) -> str:
-    """Return the long form of an option that has a short one, such as ``--config`` of ``-c/--config``."""
-    return name.rpartition("/")[2] if name.startswith("-") else name
+    """Return the long form of an option that has others, such as ``--config`` of ``-c/--config``.
+
+    >>> long_form("-c/--config"), long_form("--trainer.devices/--trainer.devices+"), long_form("a/b")
+    ('--config', '--trainer.devices', 'a/b')
+    """
+    return name.rpartition("/")[2].removesuffix("+") if name.startswith("-") else name
 
 
 def _usage(name: str, action: argparse.Action | None) -> str:
@@ -200,10 +204,6 @@ def _usage(name: str, action: argparse.Action | None) -> str:
         return name
     values = action.metavar if isinstance(action.metavar, tuple) else (action.metavar or action.dest.upper(),)
     return " ".join([name, *values])
-
-
-def _joined(names: Sequence[str], word: str) -> str:
-    return f" {word} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _unquoted(value: str) -> str:

@@ -10,6 +10,7 @@ from lightning_dlrm.compare.pairs import Pair
 from lightning_dlrm.compare.results import Comparison, sample_counts
 from lightning_dlrm.compare.runs import Arm, by_data
 from lightning_dlrm.compare.statistics import Interval, Metric, Score
+from lightning_dlrm.contracts.errors import joined
 
 _SHOWN_NAMES = 4
 """Most configurations that a title or a sentence lists by name; of more it gives the number."""
@@ -77,11 +78,7 @@ def _in_words(name: str) -> str:
 def _listed(words: Sequence[str]) -> str:
     if len(words) > _SHOWN_NAMES:
         return f"{len(words)} configurations"
-    return _joined(words)
-
-
-def _joined(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    return joined(words, "and")
 
 
 def ranked(comparison: Comparison) -> list[Arm]:
@@ -168,16 +165,16 @@ def _untrained(comparison: Comparison) -> tuple[str, str]:
         if len(runs) == len(arm.runs):
             wholly[arm.name] = f"{np.mean(comparison.values(arm, 'auc')):.4f}"
         else:
-            seeds = f"seed{'s' * (len(runs) > 1)} {_joined([str(run.seed) for run in runs])}"
+            seeds = f"seed{'s' * (len(runs) > 1)} {joined([str(run.seed) for run in runs], 'and')}"
             sentences.append(
                 f"{arm.name} did not train with {seeds}: AUC no better than random; its mean includes "
                 f"{'it' if len(runs) == 1 else 'them'}."
             )
     if wholly:
         aucs = list(wholly.values())
-        of = _joined(aucs) if len(aucs) <= _SHOWN_NAMES else f"{min(aucs)} to {max(aucs)}"
+        of = joined(aucs, "and") if len(aucs) <= _SHOWN_NAMES else f"{min(aucs)} to {max(aucs)}"
         is_no_better = f"its AUC of {of} is" if len(wholly) == 1 else f"their AUCs of {of} are"
-        sentences.insert(0, f"{_joined(list(wholly))} did not train: {is_no_better} no better than random.")
+        sentences.insert(0, f"{joined(list(wholly), 'and')} did not train: {is_no_better} no better than random.")
     if not found:
         return "", ""
     limit = ""
@@ -186,7 +183,8 @@ def _untrained(comparison: Comparison) -> tuple[str, str]:
         limit = f" Here an AUC up to {0.5 + samples.chance:.4f} counts as random: 0.5 plus {samples.chance_words}."
     return " ".join(sentences), (
         f"Random predictions have an AUC of 0.5 on average.{limit} Look at the training log loss of "
-        f"{_joined(found)} in the report: if it stays above that of the click rate alone, train longer or with higher "
+        f"{joined(found, 'and')} in the report: if it stays above that of the click rate alone, train longer or with "
+        "higher "
         "learning rates; if it rises or jumps, with lower ones."
     )
 

@@ -5,7 +5,7 @@ import re
 import sysconfig
 import textwrap
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,6 +99,15 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return ``; did you mean X?``, or an empty text if no known word is similar."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def joined(words: Sequence[str], conjunction: str) -> str:
+    """Return words on one line, with a conjunction before the last.
+
+    >>> joined(["a"], "or"), joined(["a", "b"], "or"), joined(["a", "b", "c"], "and")
+    ('a', 'a or b', 'a, b and c')
+    """
+    return f" {conjunction} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def listed(words: Collection[str], most: int = 20) -> str:

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.cli.configs import replaced_classes
+from lightning_dlrm.cli.configs import replaced_settings
 from lightning_dlrm.cli.parser import build_model_parser, parse
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.shipped import shipped_configs, shipped_names
 from lightning_dlrm.engine.retired import update_options
 from tests.raw_criteo import generated_lines, written
@@ -97,7 +98,7 @@ def test_it_builds(name: str, capsys: pytest.CaptureFixture) -> None:
     ("options", "message"),
     [
         (["--model.table_optimizer", "torch.optim.Adam"], "Adam is not a class of this project, and cannot"),
-        (["--model.wide_optimizer", "Ftrl"], "no class Ftrl; known classes: SGD, Adagrad, RowWiseAdagrad, Adam"),
+        (["--model.wide_optimizer", "Ftrl"], "takes no class Ftrl; it takes SGD, Adagrad, RowWiseAdagrad, Adam"),
         (["--model.loss", "torch.nn.BCELoss"], "BCELoss is not a class of this project; choose one of LogLoss"),
         (["--model.loss", "FocalLoss", "--model.loss.gamma", "-1"], "gamma is -1.0"),
         (["--model.network.tables.pooling", "max"], "pooling: max is not one of sum, mean"),
@@ -112,13 +113,13 @@ def test_it_builds(name: str, capsys: pytest.CaptureFixture) -> None:
         (["--wandb.tags", "night"], "wandb.tags: night is not a list; write [night]"),
         (["--model.averaging.decay", "much"], "model.averaging.decay is much; expected a number"),
         (["--model.averaging.decay", "3"], "averaging.decay is 3.0; expected 0 to 1"),
-        (["--batch_size", "10"], "unknown key batch_size; did you mean data.batch_size?"),
-        (["--model.table_optimizer.lr", "3"], "did you mean model.table_optimizer.learning_rate?"),
-        (["--data.folder", "x"], "unknown key data.folder; did you mean data.path?"),
-        (["--model.network.on_host", "x"], "did you mean model.network.tables.on_host?"),
+        (["--batch_size", "10"], "unknown option --batch_size; did you mean --data.batch_size?"),
+        (["--model.table_optimizer.lr", "3"], "did you mean --model.table_optimizer.learning_rate?"),
+        (["--data.folder", "x"], "unknown option --data.folder; did you mean --data.path?"),
+        (["--model.network.on_host", "x"], "did you mean --model.network.tables.on_host?"),
         (["--model.compile", "maybe"], "maybe is not one of true, false, default, reduce-overhead, max-autotune"),
-        (["--trainer.callbacks", "EarlyStoping"], "did you mean EarlyStopping? Known classes: ReduceOnPlateau, "),
-        (["--trainer.logger", "x"], "no class x; known classes: CometLogger, "),
+        (["--trainer.callbacks", "EarlyStoping"], "did you mean EarlyStopping? It takes ReduceOnPlateau, "),
+        (["--trainer.logger", "x"], "error: --trainer.logger takes no class x; it takes CometLogger, "),
         (["--model.network.bottom_mlp", "[]"], "this dataset has 13 dense columns: end bottom_mlp in 16"),
     ],
 )  # fmt: skip
@@ -131,8 +132,8 @@ def test_what_does_not_fit_is_one_line(options: list[str], message: str, capsys:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--stop_at_auc", "much"], "stop_at_auc is much; expected a number"),
-        (["--resume", "yes"], "resume is yes; expected auto"),
+        (["--stop_at_auc", "much"], "error: --stop_at_auc is much; expected a number"),
+        (["--resume", "yes"], "error: --resume is yes; expected auto"),
         (["--published", "foo"], "published is foo; expected a list of metric, value and source, such as [{"),
     ],
 )
@@ -146,7 +147,7 @@ def test_an_overlay_without_a_model_is_one_line_that_says_so(capsys: pytest.Capt
     assert main(["fit", "--config", "own_data_linear.yaml", "--data.path", "nowhere"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(
-        "error: unknown key data.path: no class that has this key is chosen; a file that holds changes"
+        "error: unknown option --data.path: no class that has this key is chosen; a file that holds changes"
     )
     assert "needs a model's YAML before it" in error and len(error.strip().splitlines()) == 1
 
@@ -174,16 +175,27 @@ def test_arms_of_a_comparison_keep_the_options_of_callbacks() -> None:
     assert callback.init_args.monitor == "validation/auc"
 
 
-def test_a_later_configuration_that_replaces_the_data_or_the_network_is_named() -> None:
-    wrong = ["--config", "own_data.yaml", "--config", "dlrm.yaml"]
-    (said,) = replaced_classes(wrong)
-    assert said.startswith(
-        "dlrm.yaml replaces data.class_path Clicks of own_data.yaml by Criteo, because it comes later"
+def test_a_later_configuration_that_replaces_settings_is_named(tmp_path: Path) -> None:
+    (said,) = replaced_settings(["--config", "own_data.yaml", "--config", "dlrm.yaml"])
+    assert said.startswith("dlrm.yaml replaces data.class_path Clicks, model.table_optimizer.class_path Adagrad and ")
+    assert said.endswith(
+        "more settings of own_data.yaml, because it comes later: if that is not meant, give --config dlrm.yaml before "
+        "--config own_data.yaml"
     )
-    assert said.endswith("give --config dlrm.yaml before --config own_data.yaml")
-    (said,) = replaced_classes(["--config=dlrm.yaml", "--config=dcn.yaml"])
-    assert said.startswith("dcn.yaml replaces model.network.class_path DLRM of dlrm.yaml by DCN")
-    assert replaced_classes(["--config", "dlrm.yaml", "--config", "own_data.yaml", "--config", "small.yaml"]) == []
+    (said,) = replaced_settings(["--config=dlrm.yaml", "--config=dcn.yaml"])
+    assert said.startswith("dcn.yaml replaces model.network.class_path DLRM of dlrm.yaml, because it comes later: if ")
+    (said,) = replaced_settings(["--config", "small.yaml", "--config", "dlrm.yaml"])
+    assert said.startswith(
+        "dlrm.yaml replaces model.schedule.init_args.decay_share 0.25, trainer.val_check_interval 100 and "
+        "trainer.log_every_n_steps 10 of small.yaml, because"
+    )
+    for right in (["dlrm", "own_data", "small"], ["small", "dlrm", "small"], ["dlrm", "dlrm"]):
+        assert replaced_settings([f"--config={name}.yaml" for name in right]) == []
+    overlay = tmp_path / "mine.yaml"
+    for text in ("trainer: {max_epochs: 3}", "model: {schedule: {class_path: Cosine, init_args: {warmup_share: 0.2}}}"):
+        overlay.write_text(text)
+        with pytest.raises(UserError, match=r"dlrm\.yaml replaces all settings of .*: give --config dlrm"):
+            replaced_settings(["--config", str(overlay), "--config", "dlrm.yaml"])
 
 
 @pytest.mark.parametrize(("wrong", "found"), [("[DLRM]", "['DLRM']"), ("5", "5")])

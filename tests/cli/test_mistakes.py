@@ -78,19 +78,25 @@ def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pyt
         (["fit", "--config", "dlmr.yaml"], "did you mean dlrm.yaml?"),
         (["fit", "--config", "dlrm"], "did you mean dlrm.yaml?"),
         (["fit", "--config", "figure5.yaml"], "lightning_dlrm compare --config figure5.yaml"),
-        (["fit", "--config", "dlrm.yaml", "--trainer.max_step", "3"], "did you mean trainer.max_steps?"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--trainer.max_step", "3"],
+            "--trainer.max_step; did you mean --trainer.max_steps?",
+        ),
         (
             ["fit", "--config", "dlrm.yaml", "--model.network.embeding_dim", "3"],
-            "did you mean model.network.embedding_dim?",
+            "did you mean --model.network.embedding_dim?",
         ),
-        (["fit", "--config", "dlrm.yaml", "--data.pth", "x"], "did you mean data.path?"),
-        (["fit", "--config", "dlrm.yaml", "--model.network", "DLMR"], "no class DLMR"),
-        (["fit", "--config", "dlrm.yaml", "--model.netwrok.embedding_dim", "3"], "mean model.network.embedding_dim?"),
+        (["fit", "--config", "dlrm.yaml", "--data.pth", "x"], "did you mean --data.path?"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--model.network", "DLMR"],
+            "takes no class DLMR; did you mean DLRM? It takes D",
+        ),
+        (["fit", "--config", "dlrm.yaml", "--model.netwrok.embedding_dim", "3"], "mean --model.network.embedding_dim?"),
         (["fit", "--config", "small.yaml"], "begin with a model, as in --config dlrm.yaml --config OVERLAY"),
         (["fit", "small.yaml"], "did you mean --config small.yaml?"),
         (
             ["fit", "--config", "dlrm.yaml", "--seed_everything", "-3"],
-            "error: seed_everything is -3; give a number from 0",
+            "error: --seed_everything is -3; give a number from 0",
         ),
         (["fit", "--config", "dlrm.yaml", "--seed_everything", str(2**32)], "seed_everything is 4294967296; give"),
         (
@@ -99,7 +105,7 @@ def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pyt
         ),
         (["fit", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
         (["fit", "--config", "dlrm.yaml", "--data.path", "."], "is not a dataset folder: it has no dataset.json"),
-        (["fit", "--config", "dlrm.yaml", "--data.batch_size", "0"], "error: data.batch_size is 0; give 1 or more"),
+        (["fit", "--config", "dlrm.yaml", "--data.batch_size", "0"], "error: --data.batch_size is 0; give 1 or more"),
         (["fit", "--config", "dlrm.yaml", "--data.path="], "data.path is missing: give --data.path DIR, a folder made"),
         (
             ["fit", "--config", "dlrm.yaml", "--config", "own_data.yaml"],
@@ -107,7 +113,7 @@ def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pyt
         ),
         (
             ["fit", "--config", "dlrm.yaml", "--model.network.init_args.bottom_mlp", "512-256"],
-            "error: model.network.bottom_mlp: 512-256 is not a list; write [512, 256]",
+            "error: --model.network.init_args.bottom_mlp: 512-256 is not a list; write [512, 256]",
         ),
         (["fit", "--config", "dlrm.yaml", "--model.network.top_mlp", "64"], "top_mlp: 64 is not a list; write [64]"),
         (["fit", "--config", "dlrm.yaml", "--model.network.top_mlp", "3.5"], "top_mlp is 3.5; expected a list of"),
@@ -155,6 +161,23 @@ def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pyt
         (["bench", "stpe"], "COMMAND is stpe; did you mean step? Expected one of lookup, step"),
         (["preprocess", "--dataset", "kagle", "--input", "x"], "--dataset is kagle; did you mean kaggle?"),
         (["params", "--config", "dlrm.yaml", "--ckpt_path", "x"], "params opens no checkpoint: leave --ckpt_path out"),
+        (["fit", "--confg", "dlrm.yaml"], "unknown option --confg; did you mean --config?"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--lr", "0.1"],
+            "--lr; did you mean --model.table_optimizer.learning_rate or --model.dense_optimizer.lr?",
+        ),
+        (["fit", "--optimizer.help"], "mean --model.table_optimizer.help or --model.dense_optimizer.help?"),
+        (["fit", "--max-epochs", "3"], "unknown option --max-epochs; did you mean --trainer.max_epochs?"),
+        (["fit", "--network.top_mlp", "[3]"], "did you mean --model.network.top_mlp?"),
+        (["fit", "--trainer.help"], "unknown option --trainer.help; --help.all lists all keys"),
+        (["plan", "--config", "dlrm.yaml", "--ranks", "zero"], "error: --ranks is zero; expected a whole number"),
+        (["plan", "--config", "dlrm.yaml", "--rank", "2"], "unknown option --rank; did you mean --ranks?"),
+        (["fit", "--data.help", "SGD"], "--data.help takes no class SGD; it takes Clicks, Criteo, CriteoKaggle, Cr"),
+        (["fit", "--model.network.help", "DCNN"], "takes no class DCNN; did you mean DCN? It takes DLRM, DCN, Logis"),
+        (["fit", "--trainer.callbacks.help", "Timr"], "did you mean Timer? It takes ReduceOnPlateau, BackboneFinet"),
+        (["fit", "--trainer.strategy.help", "X"], "takes no class X; it takes EmbeddingShardedDDP"),
+        (["fit", "--model.network.tables.help", "X"], "takes no class; write --model.network.tables.help alone"),
+        (["fit", "--trainer.accelerator.help"], "trainer.accelerator has no classes; expected auto, cpu or gpu"),
         (["fit", "--config", "dlrn.yaml"], "no configuration dlrn.yaml here; did you mean dlrm.yaml?"),
     ],
     ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
@@ -207,7 +230,7 @@ def test_places_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_faults_in_one_of_several_files(capsys: pytest.CaptureFixture[str]) -> None:
     for text, said in {
-        "trainer: {max_stepz: 3}": "unknown key max_stepz; did you mean trainer.max_steps",
+        "trainer: {max_stepz: 3}": "unknown key trainer.max_stepz; did you mean trainer.max_steps?",
         "modle: {seed: 3}": "unknown key modle.seed; did you mean model",
         "model: {network: {class_path: DLRM, init_args: {embeding_dim: 3}}}": "did you mean model.network.embedding_",
         "trainer: {max_steps: ten}": "trainer.max_steps is ten",

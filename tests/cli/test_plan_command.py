@@ -41,7 +41,7 @@ def test_the_first_line_says_what_the_plan_is_for(options: str, setup: str, caps
         ("--ranks 0", "--ranks is 0; expected a number of ranks from 1 to 4,096"),
         ("--ranks -3", "--ranks is -3; expected a number of ranks from 1 to 4,096"),
         ("--device-memory 1GiB --ranks 0", "--ranks is 0; expected a number of ranks from 1 to 4,096"),
-        ("--ranks many", "ranks is many; expected a whole number"),
+        ("--ranks many", "--ranks is many; expected a whole number"),
         ("--trainer.devices 5000", "trainer.devices times trainer.num_nodes is 5000; expected a number of ranks from"),
         (
             "--memory-per-rank lots",

@@ -339,7 +339,7 @@ DOUBLING = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" 
         ("run_dir: ${oc.env:HOME}", None),
         ("trainer: null", "trainer is None; expected keys with values"),
         ("wandb: []", "wandb is []; expected keys with values"),
-        ("model: &a {seed: 1}\ntrainer: {<<: *a, max_steps: 1}", "unknown key seed"),
+        ("model: &a {seed: 1}\ntrainer: {<<: *a, max_steps: 1}", "unknown key trainer.seed"),
     ],
 )  # fmt: skip
 def test_yaml_that_says_something_else_than_it_seems(text: str, said: str | None) -> None:
