@@ -214,6 +214,7 @@ def _is_refusal_of_lightning(error: BaseException) -> bool:
 
 
 def _run(command: str, arguments: list[str]) -> int:
+    require(not command.startswith("-"), f"{command} comes before the command; write the command first, such as fit")
     require(command in COMMANDS, f"no command {command}{nearest_first(command, COMMANDS, 'the commands are')}")
     imports = command == "checkpoint" and arguments[:1] == ["import"]
     if command in _PLAIN and not imports:

@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.infer is not None:
         # Other runs start sooner without it.
-        from datamodules.preprocess.inference import infer
+        from datamodules.preprocess.inference import infer, render
 
         for name in ("schema", "dataset", "output", "protocol", "vocabulary"):
             require(
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
                 f"--infer writes a schema and makes no dataset; leave out --{name} or --infer",
             )
         names = None if args.columns is None else [name.strip() for name in args.columns.split(",")]
-        print(infer(args.infer, args.label, args.input, names, line_width(sys.stdout)))
+        print(render(infer(args.infer, args.label, args.input, names), line_width(sys.stdout)))
         return 0
     for name in ("label", "columns"):
         require(

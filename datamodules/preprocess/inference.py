@@ -34,6 +34,7 @@ from datamodules.preprocess.sniffing import Form, Sample, read_sample
 from datamodules.preprocess.text_tables import filled_below
 from lightning_dlrm.contracts.documents import is_name, printable
 from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.contracts.schema import ROLE_MEANINGS, ROLE_NAMES
 from lightning_dlrm.contracts.terminal import command_line, counted, wrapped
 
 _SPLIT_WORDS = {"train": ("train", "training"), "validation": ("valid", "validation", "val", "dev"), "test": ("test",)}
@@ -57,9 +58,18 @@ class _Inferred:
     split_reason: str
 
 
-def infer(
-    output: Path, label: str | None, inputs: Sequence[str], columns: Sequence[str] | None = None, width: int = 0
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """A schema file that ``infer`` has written."""
+
+    output: Path
+    log: _Inferred
+    sample: Sample
+    next_commands: Sequence[str]
+    """They make the dataset and train on it."""
+
+
+def infer(output: Path, label: str | None, inputs: Sequence[str], columns: Sequence[str] | None = None) -> Inference:
     """Write a schema file for a log.
 
     Args:
@@ -67,10 +77,6 @@ def infer(
         label: a column, or a condition such as ``rating >= 4``.
         inputs: the log's files: see ``read_sample``.
         columns: names of the columns of text without a header.
-        width: of the terminal, which lines of the result do not exceed; 0 for no limit.
-
-    Returns:
-        What was found and what to do next, in a few lines.
 
     Raises:
         UserError: the output exists or cannot be written; no label is given, or see ``find_label`` and ``read_sample``.
@@ -93,10 +99,20 @@ def infer(
     with written_aside(output) as partial:
         partial.write_text(_schema_text(log, sample, command, then), encoding="utf-8")
         read_log_schema(partial)
+    return Inference(output=output, log=log, sample=sample, next_commands=then)
+
+
+def render(found: Inference, width: int = 0) -> str:
+    """Return what was found and what to do next, in a few lines.
+
+    Args:
+        found: what ``infer`` returns.
+        width: of the terminal, which lines do not exceed; 0 for no limit.
+    """
     lines = [
-        *_report(output, log, sample, width),
+        *_report(found.output, found.log, found.sample, width),
         "make the dataset, then train on it:",
-        *(f"  {line}" for line in then),
+        *(f"  {line}" for line in found.next_commands),
     ]
     return wrapped(map(printable, lines))
 
@@ -141,7 +157,9 @@ def _report(output: Path, log: _Inferred, sample: Sample, width: int) -> list[st
         entries["encoding"] = f"{sample.form.encoding} ({why})"
     if read := _maybe_thousands(sample):
         entries["decimal"] = f"a comma, as a guess: {read}; if it separates thousands, remove it from the file"
-    entries |= {role: f"{', '.join(by_role[role])} ({words})" for role, words in _ROLES.items() if role in by_role}
+    entries |= {
+        role: f"{', '.join(by_role[role])} ({words})" for role, words in ROLE_MEANINGS.items() if role in by_role
+    }
     if formatted := [f"{column.name} ({one!r})" for column in log.facts if (one := formatted_number(column))]:
         entries["text"] = f"{', '.join(formatted)}: to use them as numbers, write plain ones in the file, such as 9.56"
     entries["split"] = f"by {log.split['by']}: {log.split_reason}"
@@ -167,14 +185,6 @@ def _maybe_thousands(sample: Sample) -> str | None:
     return f"{found[0]} is read as {found[0].replace(',', '.')}"
 
 
-_ROLES = {
-    "dense": "numbers",
-    "categorical": "ids or names, with a table of embeddings",
-    "multi_hot": "several ids a row, with a table of embeddings",
-    "keep": "not features, stored beside them",
-    "leave": "ignored",
-}
-"""Role of a column, and what it means."""
 _CHECKS = (
     "  a number that names something is categorical, an amount is dense",
     "  what is known only after the click must be left out (leave)",
@@ -318,8 +328,7 @@ def _entry(title: str, *texts: str) -> list[str]:
 def _counted_roles(log: _Inferred) -> str:
     """Return how many columns of the dataset have each role."""
     roles = [choice.settings["role"] for choice in log.choices.values()]
-    words = {"dense": "dense", "categorical": "categorical", "multi_hot": "multi-hot", "keep": "kept"}
-    return ", ".join(counted(roles.count(role), f"{word} column") for role, word in words.items() if role in roles)
+    return ", ".join(counted(roles.count(role), f"{word} column") for role, word in ROLE_NAMES.items() if role in roles)
 
 
 def _comment(text: str) -> list[str]:

@@ -51,6 +51,10 @@ def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: there is no configuration of this name, or it is for another command.
     """
+    for argument in arguments:
+        # argparse would read -config as -c with the value onfig.
+        if re.match(r"-[A-Za-z]\w", argument):
+            raise UserError(f"unknown option {argument}; options begin with two dashes: -{argument}")
     try:
         resolved, notes = update_options(arguments)
     except UserError:

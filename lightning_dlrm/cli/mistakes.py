@@ -75,7 +75,7 @@ def _as_option(message: str, key: str, option: str) -> str:
     'unknown option --confg; did you mean --config?'
     """
     words = message.replace(f"unknown key {key}", f"unknown option {option}", 1)
-    dashed = partial(re.sub, r"(?<![\w.])(?!or\b)\w[\w.]*", r"--\g<0>")
+    dashed = partial(re.sub, r"(?<![\w.-])(?!or\b)\w[\w.-]*", r"--\g<0>")
     return re.sub(r"(?<=; did you mean ).*(?=\?$)", lambda found: dashed(found[0]), words)
 
 

@@ -16,6 +16,7 @@ _SYNONYMS = {
     "steps": ("max_steps",),
     "seed": ("seed_everything",),
     "gpus": ("devices",),
+    "ranks": ("ranks", "devices"),
     "folder": ("path",),
     "data_dir": ("path",),
     "model": ("network",),

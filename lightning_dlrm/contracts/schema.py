@@ -32,6 +32,19 @@ FORMAT_VERSION = 1
 SCHEMA_FILE = "dataset.json"
 
 Role = Literal["label", "dense", "categorical", "multi_hot", "weights", "keep"]
+ROLE_NAMES: Mapping[str, str] = {
+    "label": "label", "dense": "dense", "categorical": "categorical", "multi_hot": "multi-hot", "weights": "weights",
+    "keep": "kept",
+}  # fmt: skip
+"""Role of a column -> its name in sentences."""
+ROLE_MEANINGS: Mapping[str, str] = {
+    "dense": "numbers",
+    "categorical": "ids or names, with a table of embeddings",
+    "multi_hot": "several ids a row, with a table of embeddings",
+    "keep": "not features, stored beside them",
+    "leave": "ignored",
+}
+"""Role of a column of a log -> what it means."""
 KeptType = Literal["text", "int64", "float64", "bool", "timestamp"]
 """Types of kept columns; timestamps count microseconds."""
 SplitName = Literal["train", "validation", "test"]

@@ -161,6 +161,8 @@ def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pyt
         (["bench", "stpe"], "COMMAND is stpe; did you mean step? Expected one of lookup, step"),
         (["preprocess", "--dataset", "kagle", "--input", "x"], "--dataset is kagle; did you mean kaggle?"),
         (["params", "--config", "dlrm.yaml", "--ckpt_path", "x"], "params opens no checkpoint: leave --ckpt_path out"),
+        (["--config", "dlrm.yaml", "fit"], "--config comes before the command; write the command first, such as fit"),
+        (["fit", "-config", "dlrm.yaml"], "unknown option -config; options begin with two dashes: --config"),
         (["fit", "--confg", "dlrm.yaml"], "unknown option --confg; did you mean --config?"),
         (
             ["fit", "--config", "dlrm.yaml", "--lr", "0.1"],

@@ -15,7 +15,7 @@ import pytest
 
 from datamodules.log_schema import LogSchema, read_log_schema
 from datamodules.preprocess import sniffing
-from datamodules.preprocess.inference import infer
+from datamodules.preprocess.inference import infer, render
 from datamodules.preprocess.sniffing import Form, read_sample
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
@@ -170,7 +170,7 @@ def test_numbers_that_are_written_as_text_are_told(tmp_path: Path) -> None:
     price, share, size = ([form.format(row) for row in range(N)] for form in ("${}.50", "{}%", "1 {:03}"))
     columns = settings(inferred(tmp_path, rows("y,price,share,size,few", LABELS, price, share, size, FEW)))
     assert [columns[name]["role"] for name in ("price", "share", "size", "few")] == ["leave"] * 3 + ["categorical"]
-    said = infer(tmp_path / "again.yaml", "y", [str(tmp_path / "log.csv")])
+    said = render(infer(tmp_path / "again.yaml", "y", [str(tmp_path / "log.csv")]))
     assert (
         "  text         price ('$0.50'), share ('0%'), size ('1 000'): to use them as numbers, write plain ones" in said
     )
@@ -191,10 +191,10 @@ def test_guesses_and_missing_labels_are_reported(tmp_path: Path) -> None:
     ):
         (tmp_path / "log.csv").write_text(values)
         (tmp_path / "s.yaml").unlink(missing_ok=True)
-        assert said in infer(tmp_path / "s.yaml", "y", [str(tmp_path / "log.csv")])
+        assert said in render(infer(tmp_path / "s.yaml", "y", [str(tmp_path / "log.csv")]))
     (tmp_path / "log.csv").write_text(text.replace(",", ",1"))
     (tmp_path / "s.yaml").unlink()
-    assert "  decimal " not in infer(tmp_path / "s.yaml", "y", [str(tmp_path / "log.csv")])
+    assert "  decimal " not in render(infer(tmp_path / "s.yaml", "y", [str(tmp_path / "log.csv")]))
 
 
 def test_parquet_without_rows_or_with_equal_names_and_other_line_ends(tmp_path: Path) -> None:
