@@ -123,6 +123,12 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"{key} is {given[1].strip() if given else 'something else'}; expected {_PUBLISHED}"
     if match := re.search(r"[Ii]mport path ?([\w.]*) does not correspond to a subclass of (\w+)", message):
         return f"{key}: {match[1] or (given[1].strip() if given else 'this class')} is not a subclass of {match[2]}"
+    needed = re.search(r"- the following arguments are required: (\w+)", message)
+    of_class = rf"class_path='(?:\w+\.)*(\w+)', init_args=Namespace\([^()]*\b{needed[1]}=None" if needed else ""
+    if needed and given and (chosen := re.search(of_class, given[1])):
+        return f"{key}: {chosen[1]} needs {needed[1]}: give --{key}.{needed[1]}, or in a YAML init_args: {needed[1]}"
+    if match := re.search(r"Unable to load config ['\"](.*?)['\"]", message):
+        return f"{key} is {match[1]}; expected keys with values, which --help.all lists"
     if "collections.abc.Callable" in message:
         return _explain_factory(key, message)
     # The message lists the error of data's class, already shortened, and that data is not None.

@@ -171,6 +171,7 @@ def admit_arguments(arguments: Sequence[str]) -> None:
                 continue
         if option in ("-c", "--config"):
             admit_file(find_config(value))
+            option = ""
             continue
         require(not value.startswith("!!"), f"{option}: {value} has a tag of YAML; give the value without it")
         try:

@@ -163,6 +163,13 @@ def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pyt
         (["params", "--config", "dlrm.yaml", "--ckpt_path", "x"], "params opens no checkpoint: leave --ckpt_path out"),
         (["--config", "dlrm.yaml", "fit"], "--config comes before the command; write the command first, such as fit"),
         (["fit", "-config", "dlrm.yaml"], "unknown option -config; options begin with two dashes: --config"),
+        (["fit", "--config", "dlrm.yaml", "extra"], "unknown argument extra; options begin with --, and --help lists"),
+        (["fit", "--config", "dlrm.yaml", "--wandb", "false"], "error: --wandb is false; expected keys with values"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--trainer.callbacks", "EarlyStopping"],
+            "--trainer.callbacks: EarlyStopping needs monitor: give --trainer.callbacks.monitor, or in a YAML init_args",
+        ),
+        (["plan", "--config", "dlrm.yaml", "--devicememory", "1GiB"], "did you mean --device-memory?"),
         (["fit", "--confg", "dlrm.yaml"], "unknown option --confg; did you mean --config?"),
         (
             ["fit", "--config", "dlrm.yaml", "--lr", "0.1"],
