@@ -39,16 +39,17 @@ _STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
 class FolderData(pl.LightningDataModule):
     """A dataset folder as batches: the base class of all datamodules here.
 
+    The shuffle `window` shuffles the row groups, reads 48 of them at once, and shuffles the rows of each 48. A window
+    of row groups of 16,384 rows (786,432 rows) and the batches decoded ahead take about 170 MB for Criteo's columns,
+    over all ranks, and between epochs twice as much. Larger row groups, which other writers make, are read in parts
+    (512 MB for all 48 together), and each row group is decoded once for each of its parts.
+
     Args:
         folder: The dataset folder.
         batch_size: Training samples of a batch over all ranks together (the global batch).
         evaluation_batch_size: Samples of a batch over all ranks in validate, test and predict.
-        shuffle: `window` for a new order in every epoch: the row groups are shuffled, 48 of them are read at once, and
-            the rows of each are shuffled. The window of 48 row groups of 16,384 rows (786,432 rows) and the batches
-            decoded ahead take about 170 MB for Criteo's columns, over all ranks, and between epochs twice as much.
-            Larger row groups, which other writers make, are read in parts (512 MB for all 48 together), and each row
-            group is decoded once for each of its parts. `full` for a shuffle of all rows in every epoch; it needs
-            `cache: memory`. `none` for the order of the files.
+        shuffle: `window` for a new order in every epoch, shuffled within windows of 48 row groups; `full` for a shuffle
+            of all rows, which needs `cache: memory`; `none` for the order of the files.
         cache: `memory` to decode the rows once and keep them: 157 bytes a row for Criteo's columns; every rank keeps
             the whole training split. It is refused if the rows do not fit. `none` to decode them in every epoch.
         threads: Threads that decode; by default one thread for training on a CPU, and half of the cores of each rank

@@ -130,7 +130,7 @@ def readable_help(text: str) -> str:
     text = re.sub(rf"(?m)^  (-.*)\n {{{_INDENT}}}(.*)$", lambda found: _entry(found[1], found[2]), text)
     if is_class:
         text = re.sub(r"(?m)^\S.{78,}$", lambda found: _wrap(found[0], ""), text)
-    return text + "\n" + _LAST * (not is_class)
+    return text.replace("`", "") + "\n" + _LAST * (not is_class)
 
 
 @contextlib.contextmanager
@@ -239,7 +239,7 @@ def _plain(words: str) -> str:
     for beginning, reworded in _REWORDED.items():
         if words.startswith(beginning):
             return reworded
-    words = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)(?:<\w+>)?`", r"\1", words).replace("``", "").replace("`_", "`")
+    words = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)(?:<\w+>)?`", r"\1", words).replace("`_", "`")
     words = re.sub(r" Default: [^ ]+\.?(?= \()", "", words).replace(" .. note::", "")
     # Docstrings of torch repeat the default.
     words = re.sub(r" \(default: (?:[^()]|\([^()]*\))*\)(?=\.? .*\(type: )", "", words)

@@ -23,7 +23,8 @@ from lightning_dlrm.tracking.lock import lock_run_of
 DESCRIPTION = """Make a checkpoint folder from a .pt file that facebookresearch/dlrm saved (--save-model).
 
 The configuration must be that of the model in the file: the same widths, and data with the same tables in the
-same order. Tables N and layers N of the file become column N and layer N here.
+same order. Tables N and layers N of the file become column N and layer N here. Keys of a configuration are options
+too, as in fit.
 
   python -m lightning_dlrm checkpoint import model.pt --config dlrm.yaml --data.path DIR --output imported
   python -m lightning_dlrm predict --config dlrm.yaml --data.path DIR --ckpt_path imported"""
@@ -33,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the options of this command alone."""
     parser = HelpParser(
         prog="python -m lightning_dlrm checkpoint import",
-        usage="python -m lightning_dlrm checkpoint import FILE --config YAML [options of fit] --output DIR",
+        usage="python -m lightning_dlrm checkpoint import FILE --config YAML --output DIR",
         description=DESCRIPTION,
     )
     parser.add_argument("--output", metavar="DIR", help="the new checkpoint folder")
