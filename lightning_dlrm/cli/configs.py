@@ -53,7 +53,7 @@ def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
     """
     for argument in arguments:
         # argparse would read -config as -c with the value onfig.
-        if re.match(r"-[A-Za-z]\w", argument):
+        if re.fullmatch(r"-[A-Za-z][\w-]+", argument):
             raise UserError(f"unknown option {argument}; options begin with two dashes: -{argument}")
     try:
         resolved, notes = update_options(arguments)
