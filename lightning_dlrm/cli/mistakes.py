@@ -123,12 +123,8 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"{key} is {given[1].strip() if given else 'something else'}; expected {_PUBLISHED}"
     if match := re.search(r"[Ii]mport path ?([\w.]*) does not correspond to a subclass of (\w+)", message):
         return f"{key}: {match[1] or (given[1].strip() if given else 'this class')} is not a subclass of {match[2]}"
-    needed = re.search(r"- the following arguments are required: (\w+)", message)
-    of_class = rf"class_path='(?:\w+\.)*(\w+)', init_args=Namespace\([^()]*\b{needed[1]}=None" if needed else ""
-    if needed and given and (chosen := re.search(of_class, given[1])):
-        return f"{key}: {chosen[1]} needs {needed[1]}: give --{key}.{needed[1]}, or in a YAML init_args: {needed[1]}"
-    if match := re.search(r"Unable to load config ['\"](.*?)['\"]", message):
-        return f"{key} is {match[1]}; expected keys with values, which --help.all lists"
+    if explained := _explain_section(key, given[1] if given else "", message):
+        return explained
     if "collections.abc.Callable" in message:
         return _explain_factory(key, message)
     # The message lists the error of data's class, already shortened, and that data is not None.
@@ -168,6 +164,18 @@ def _explain_import(key: str, message: str) -> str | None:
         return f"{key}: there is no {match[1]}.{match[2]}{suggestion or known}"
     if match := re.search(r"No module named '([\w.]+)'", message):
         return f"{key}: there is no module {match[1]}, neither installed nor in the current folder"
+    return None
+
+
+def _explain_section(key: str, value: str, message: str) -> str | None:
+    """Return the message about a class without a required key, or a section that has no keys; None if it is about
+    something else."""
+    needed = re.search(r"- the following arguments are required: (\w+)", message)
+    of_class = rf"class_path='(?:\w+\.)*(\w+)', init_args=Namespace\([^()]*\b{needed[1]}=None" if needed else ""
+    if needed and (chosen := re.search(of_class, value)):
+        return f"{key}: {chosen[1]} needs {needed[1]}: give --{key}.{needed[1]}, or in a YAML init_args: {needed[1]}"
+    if match := re.search(r"Unable to load config ['\"](.*?)['\"]", message):
+        return f"{key} is {match[1]}; expected keys with values, which --help.all lists"
     return None
 
 
