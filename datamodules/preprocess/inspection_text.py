@@ -6,11 +6,10 @@ from typing import Any
 from datamodules.folder import Folder
 from datamodules.preprocess.leakage import render_equal_rows
 from datamodules.preprocess.text_tables import filled_below, fitted
-from lightning_dlrm.contracts.schema import SCHEMA_FILE
+from lightning_dlrm.contracts.schema import ROLE_NAMES, SCHEMA_FILE
 from lightning_dlrm.contracts.terminal import aligned, binary_size, counted
 
-_ROLES = {"label": "label", "dense": "dense", "categorical": "categorical", "multi_hot": "multi-hot"}
-_OTHER_ROLES = {"keep": "kept, not features", "weights": "weights of multi-hot values"}
+_FEATURES = ("dense", "categorical", "multi_hot")
 
 
 def render(facts: Mapping[str, Any], width: int = 0) -> str:
@@ -76,7 +75,7 @@ def _roles(facts: Mapping[str, Any]) -> str:
         names.setdefault(column["role"], []).append(column["name"])
     return "; ".join(
         role if role == "label" else f"{len(names[role])} {words} ({_ranges(names[role])})"
-        for role, words in (_ROLES | _OTHER_ROLES).items()
+        for role, words in ROLE_NAMES.items()
         if role in names
     )
 
@@ -91,8 +90,7 @@ def _transforms(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     for role, by_words in columns_of.items():
         for number, (words, names) in enumerate(by_words.items()):
             which = f"{_ranges(names)}: " if len(by_words) > 1 or role == "keep" else ""
-            title = {"keep": "kept", "multi_hot": "multi-hot"}.get(role, role)
-            entries.append(("" if number else title, f"{which}{words}"))
+            entries.append(("" if number else ROLE_NAMES[role], f"{which}{words}"))
     return entries
 
 
@@ -151,7 +149,7 @@ _LEGENDS = {
 
 def _column_table(facts: Mapping[str, Any], width: int) -> list[str]:
     """Return a table of the features, and what its headers mean."""
-    features = [column for role in _ROLES for column in facts["columns"] if column["role"] == role != "label"]
+    features = [column for role in _FEATURES for column in facts["columns"] if column["role"] == role]
     columns = [column for column in features if column["cardinality"] or column["missing"] is not None]
     if not columns:
         return ["missing values are not counted in this dataset"]
@@ -159,7 +157,7 @@ def _column_table(facts: Mapping[str, Any], width: int) -> list[str]:
     body = [
         (
             column["name"],
-            _ROLES[column["role"]],
+            ROLE_NAMES[column["role"]],
             _share(column["missing"]),
             _share(column["unknown"]),
             f"{column['cardinality']:,}" if column["cardinality"] else "",
