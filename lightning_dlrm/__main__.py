@@ -9,6 +9,7 @@ import gc
 import importlib
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,8 +20,9 @@ from lightning_dlrm.cli.configs import expand_home, with_option_as_typed
 from lightning_dlrm.cli.plain_parser import PlainParser
 from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.contracts.documents import printable
-from lightning_dlrm.contracts.errors import UserError, cause_of, nearest_first, one_line, place_in_own_code, require
+from lightning_dlrm.contracts.errors import UserError, nearest_first, one_line, require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
+from lightning_dlrm.contracts.own_code import fault_in_own_code
 from lightning_dlrm.contracts.terminal import RED, emphasized, wrapped
 
 DEBUG = "--debug"
@@ -179,7 +181,13 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
         if isinstance(error, UnicodeEncodeError):
             return UserError(f"a name cannot be written in {error.encoding}: set PYTHONUTF8=1, or use ASCII names")
         if _is_refusal_of_lightning(error):
-            return UserError(f"Lightning: {one_line(error)}")
+            place, cause = fault_in_own_code(error)
+            return UserError(f"Lightning: {one_line(error)}" if place is None else f"{place}: {cause}")
+        if invalid := re.match(r"An invalid dataloader was returned from `([\w.]+)\(\)`", str(error)):
+            return UserError(
+                f"{invalid[1]} returns no dataloader; expected a DataLoader, or another iterable of batches "
+                "that is no list: correct this method"
+            )
         error = error.__cause__
     return error if isinstance(error, UserError) else None
 
@@ -192,10 +200,8 @@ def _mistake_in_own_code(error: BaseException) -> UserError | None:
     root = error
     while root.__cause__ is not None and root.__cause__ is not root:
         root = root.__cause__
-    place = None if isinstance(root, (UserError, SyntaxError)) else place_in_own_code(root)
-    if place is None:
-        return None
-    return UserError(f"{place}: {cause_of(root)}; {DEBUG} shows the whole traceback")
+    place, cause = (None, "") if isinstance(root, (UserError, SyntaxError)) else fault_in_own_code(root)
+    return None if place is None else UserError(f"{place}: {cause}; {DEBUG} shows the whole traceback")
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:

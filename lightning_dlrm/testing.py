@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.errors import UserError, cause_of, place_in_own_code
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.own_code import fault_in_own_code
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.models.network import CTRNetwork, fault_of_logits
@@ -216,5 +217,5 @@ def _bags(features: Features) -> tuple[Tensor, SparseIds]:
 
 
 def _short(error: Exception) -> str:
-    place = place_in_own_code(error)
-    return f"{cause_of(error)}{'' if place is None else f' ({place})'}"
+    place, cause = fault_in_own_code(error)
+    return f"{cause}{'' if place is None else f' ({place})'}"

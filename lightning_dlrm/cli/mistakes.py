@@ -119,6 +119,12 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"{key} takes no class {name}{nearest_first(name, classes_of(key) or _fitting('object'), 'it takes')}"
     if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss)", message):
         return _explain_class(message, match[1])
+    if missing := re.search(r"arguments are required: ([\w.]+)", message):
+        # The parser of a class does not know the key of the class.
+        option = f"{key}.{missing[1]}"
+        return (
+            f"{missing[1]} is missing: give it a value" if key == "value" else f"{option} is missing: give --{option}"
+        )
     if "PublishedScore" in message:
         return f"{key} is {given[1].strip() if given else 'something else'}; expected {_PUBLISHED}"
     if match := re.search(r"[Ii]mport path ?([\w.]*) does not correspond to a subclass of (\w+)", message):
@@ -251,8 +257,6 @@ def _explain_factory(key: str, message: str) -> str:
         return (
             f"{key}: {match[1]} is not a subclass of {base}; choose one of {choice}, or derive your class from {base}"
         )
-    if match := re.search(r"arguments are required: (.*)", reason):
-        return f"{key} needs {match[1]}: give --{key}.{match[1].partition(',')[0]}"
     return f"{key}: {' '.join(reason.split())}"
 
 

@@ -24,9 +24,11 @@ from lightning_dlrm.cli.class_help import name_class_of_help
 from lightning_dlrm.cli.configs import replaced_settings, resolve_config_arguments
 from lightning_dlrm.cli.help_text import HelpFormatter, only_settings, readable_help
 from lightning_dlrm.cli.mistakes import explain, known_keys, with_place
+from lightning_dlrm.cli.own_classes import require_arguments, schema_of
 from lightning_dlrm.cli.short_help import EVALUATIONS, SHORT_HELP, TRUST_HELP
 from lightning_dlrm.cli.trust import admit_arguments, check_values
-from lightning_dlrm.contracts.errors import UserError, place_in_own_code, require
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.own_code import place_in_own_code
 from lightning_dlrm.contracts.terminal import wrapped
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.tracking.wandb_mode import Mode
@@ -120,8 +122,9 @@ class CommandParser(LightningArgumentParser):
         """Return the settings with all classes instantiated.
 
         Raises:
-            UserError: a class refuses its arguments, or needs a package that is not installed.
+            UserError: a class refuses its arguments or lacks one, or needs a package that is not installed.
         """
+        require_arguments(settings)
         try:
             return self.instantiate(settings)
         except ValueError as error:
@@ -199,7 +202,7 @@ def _build_parser(command: str, **options: Any) -> CommandParser:
     _add_run_options(parser)
     for section, group in (parser.groups or {}).items():
         group.title = _GROUP_TITLES.get(section, section)
-    parser.link_arguments("data.schema", "model.schema", apply_on="instantiate")
+    parser.link_arguments("data", "model.schema", compute_fn=schema_of, apply_on="instantiate")
     parser.link_arguments("seed_everything", "model.seed", compute_fn=seed_from)
     return parser
 

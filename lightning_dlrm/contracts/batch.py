@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.own_code import with_place
 from lightning_dlrm.contracts.schema import Features
 
 NO_GROUP = -(2**63)
@@ -147,6 +148,31 @@ class Batch:
         tensors = (self.label, self.dense, self.rows, self.group, self.ids.values, self.ids.offsets, self.ids.weights)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
+    def check_form(self, features: Features) -> None:
+        """Check the shapes and dtypes of a batch's tensors.
+
+        Raises:
+            UserError: one of them differs from what the fields of this class document.
+        """
+        samples, ids = len(self), self.ids
+        sizes: dict[str, tuple[Tensor, tuple[int, ...]]]
+        sizes = {} if self.label is None else {"label": (self.label, (samples,))}
+        sizes["dense"] = (self.dense, (samples, features.dense))
+        if ids.offsets is None:
+            sizes["ids.values"] = (ids.values, (samples, len(features.tables)))
+        else:
+            sizes["ids.offsets"] = (ids.offsets, (samples * len(features.tables) + 1,))
+        for name, (tensor, shape) in sizes.items():
+            require(tensor.shape == shape, f"{name} has the shape {tuple(tensor.shape)}; expected {shape}")
+        require(
+            ids.tables == len(features.tables), f"ids.tables is {ids.tables}; expected {len(features.tables)} tables"
+        )
+        require(self.dense.dtype == torch.float32, f"dense has the dtype {self.dense.dtype}; expected torch.float32")
+        require(
+            ids.values.dtype in (torch.int32, torch.int64),
+            f"ids.values has the dtype {ids.values.dtype}; expected torch.int32",
+        )
+
     def check_values(self, features: Features) -> None:
         """Check the labels, dense values and one-hot ids of a batch on the CPU. NumPy starts no threads for it.
 
@@ -212,3 +238,32 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """Return a copy in page-locked memory."""
         return self.map(lambda tensor: None if tensor is None else tensor.pin_memory())
+
+
+def require_batch(batch: object, features: Features, datamodule: object) -> None:
+    """Refuse what a dataloader yields if a network of these features cannot take it.
+
+    Values of batches on a device, and of those that a loader has checked, are not read.
+
+    Args:
+        batch: what the dataloader yields.
+        features: features of the dataset.
+        datamodule: where the dataloader is from, for the message; None if it is unknown.
+
+    Raises:
+        UserError: it is not a Batch, or see ``Batch.check_form`` and ``Batch.check_values``.
+    """
+    if isinstance(batch, Batch) and batch.checked_table_rows == features.table_rows:
+        return
+    source = "a dataloader" if datamodule is None else f"a dataloader of {with_place(type(datamodule))}"
+    if not isinstance(batch, Batch):
+        raise UserError(
+            f"{source} yields a {type(batch).__name__}; expected a Batch of lightning_dlrm: let it yield "
+            "Batch(label=..., dense=..., ids=SparseIds(...), global_size=...)"
+        )
+    try:
+        batch.check_form(features)
+    except UserError as error:
+        raise UserError(f"{source} yields a batch whose {error}: correct the datamodule") from error
+    if batch.dense.device.type == "cpu":
+        batch.check_values(features)

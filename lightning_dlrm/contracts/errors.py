@@ -2,16 +2,10 @@
 
 import difflib
 import re
-import sysconfig
 import textwrap
-import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-_INSTALLED = {Path(path).resolve() for path in sysconfig.get_paths().values()}
-_HERE = Path(__file__).resolve().parents[2]
-_PACKAGES = (_HERE / "lightning_dlrm", _HERE / "datamodules")
 
 
 class UserError(ValueError):
@@ -46,24 +40,6 @@ def shown_path(path: str | Path) -> str:
     path = Path(path)
     absolute, here = path.resolve(), Path.cwd()
     return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)
-
-
-def place_in_own_code(error: BaseException) -> str | None:
-    """Return where the user's own code raised an error, such as ``own.py, line 12, in score``; None if it did not.
-
-    That is the innermost frame of code that belongs neither to this project nor to an installed package. torch.compile
-    names the frames of what it compiles in its message.
-    """
-    frames = [(frame.filename, frame.lineno, frame.name) for frame in traceback.extract_tb(error.__traceback__)]
-    frames += re.findall(r'File "(.+?)", line (\d+), in (\w+)', str(error))
-    for file, line, name in reversed(frames):
-        path = Path(file)
-        folders = path.resolve().parents
-        if path.is_file() and not any(
-            folder in _INSTALLED or folder in _PACKAGES or folder.name == "site-packages" for folder in folders
-        ):
-            return f"{shown_path(path)}, line {line}, in {name}"
-    return None
 
 
 def require(condition: object, message: str) -> None:

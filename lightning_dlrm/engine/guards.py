@@ -50,10 +50,10 @@ class LossGuard(pl.Callback):
 
     def __init__(self, rates: Mapping[str, float], large_numbers: str = "") -> None:
         listed = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-        scale = f"the data have large numbers in {large_numbers}: {_SCALE}; or " if large_numbers else ""
+        self._scale = f"the data have large numbers in {large_numbers}: {_SCALE}; or " if large_numbers else ""
         self.advice = (
-            f"{scale}lower the learning rates ({listed}), warm up longer, or set trainer.gradient_clip_val; earlier "
-            "checkpoints are unchanged"
+            f"{self._scale}lower the learning rates ({listed}), warm up longer, or set trainer.gradient_clip_val; "
+            "earlier checkpoints are unchanged"
         )
         self._unseen: list[tuple[Position, Tensor, Tensor]] = []
         self._largest: tuple[int, dict[str, float]] = (0, {})
@@ -123,6 +123,13 @@ class LossGuard(pl.Callback):
         position, _, logits_B = next(entry for entry in unseen if not entry[1].isfinite())
         samples = (~logits_B.isfinite()).nonzero().flatten().tolist()
         where = f", first at sample {samples[0]} of the batch" if samples else ""
+        if position.step == 1:
+            raise UserError(
+                f"the loss is not finite at step 1 (batch {position.batch} of epoch 0{where}), before the first "
+                f"update, so learning rates are not the cause; {self._scale}look in the network and the loss for a "
+                "division by 0, a logarithm of 0, or dense values that self.missing has not replaced; check_network "
+                "tests a network"
+            )
         step, sizes = self._largest
         listed = ", ".join(f"{name} {size:.3g}" for name, size in list(sizes.items())[:3])
         gradients = f"largest gradients at step {step}, the last checked step: {listed}; " if sizes else ""

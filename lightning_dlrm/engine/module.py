@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
-from lightning_dlrm.contracts.batch import Batch
+from lightning_dlrm.contracts.batch import Batch, require_batch
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.engine.averaging import AverageForEvaluation, Averaging, WeightAverages
@@ -268,13 +268,10 @@ class CTRModule(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Return the batch on the device; a side stream copies it to a GPU while earlier steps compute."""
-        if batch.dense.device.type == "cpu":
-            features = self.schema.features
-            if batch.checked_table_rows != features.table_rows:
-                # Here, since a check on the device would wait for it.
-                batch.check_values(features)
-            if device.type == "cpu":
-                return batch
+        # Here, since a check on the device would wait for it.
+        require_batch(batch, self.schema.features, getattr(self.trainer, "datamodule", None))
+        if device.type == batch.dense.device.type == "cpu":
+            return batch
         if device.type != "cuda":
             return batch.to(device)
         if self._side_stream is None:

@@ -3,7 +3,6 @@
 Shape suffixes: B samples, I dense features, F columns.
 """
 
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn, TypeAlias
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.errors import UserError, require, shown_path
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.own_code import with_place
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.fields import DenseVectors, FieldVectors, LinearTerms
 from lightning_dlrm.models.layers import MissingValues
@@ -161,9 +161,8 @@ def require_logits(network: CTRNetwork, found: object, samples: int) -> None:
     fault = fault_of_logits(found, samples)
     if fault is not None:
         made = type(network)
-        file = getattr(sys.modules.get(made.__module__), "__file__", None)
         method = "score" if made.forward is CTRNetwork.forward else "forward"
-        raise UserError(f"{shown_path(file) if file else made.__module__}: {made.__name__}.{method} {fault}")
+        raise UserError(f"{with_place(getattr(made, method))} {fault}")
 
 
 @dataclass(frozen=True, kw_only=True)

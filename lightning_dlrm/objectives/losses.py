@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.own_code import with_place
 
 
 class Loss:
@@ -45,7 +46,14 @@ class Loss:
         targets_B = labels_B.to(logits_B.dtype)
         if self.label_smoothing:
             targets_B = targets_B * (1 - self.label_smoothing) + self.label_smoothing / 2
-        return self.costs(logits_B, targets_B).sum()
+        costs_B: object = self.costs(logits_B, targets_B)
+        if not isinstance(costs_B, Tensor) or costs_B.shape != logits_B.shape:
+            found = f"shape {tuple(costs_B.shape)}" if isinstance(costs_B, Tensor) else f"a {type(costs_B).__name__}"
+            raise UserError(
+                f"{with_place(type(self).costs)} returns {found}; expected the cost of each sample, "
+                f"({len(logits_B)},): return a tensor of the shape of the logits"
+            )
+        return costs_B.sum()
 
     def costs(self, logits_B: Tensor, targets_B: Tensor) -> Tensor:
         """Return the cost of each sample: [B], [B] -> [B]."""

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.contracts.own_code import place_in_own_code, with_place
 from lightning_dlrm.optim.compatibility import torch_optimizer
 from lightning_dlrm.optim.rules import UpdateRule
 
@@ -62,7 +63,7 @@ def make_dense_optimizer(dense_optimizer: DenseOptimizer, parameters: Sequence[n
         UserError: the class refuses the settings or the parameters, or cannot update dense layers in one pass.
     """
     target, given = target_of(dense_optimizer, Optimizer)
-    name = name_of(target)
+    name = with_place(target)
     settings: dict[str, Any] = {}
     from_torch = getattr(target, "__module__", "").startswith("torch.optim.")
     if from_torch and takes(target, "fused") and not any(given.get(option) for option in ("differentiable", "foreach")):
@@ -72,7 +73,9 @@ def make_dense_optimizer(dense_optimizer: DenseOptimizer, parameters: Sequence[n
     try:
         made = dense_optimizer(parameters, **settings)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"dense_optimizer {name}: {' '.join(str(error).split())}") from error
+        if place_in_own_code(error) is not None:
+            raise
+        raise UserError(f"dense_optimizer {name}: {one_line(error)}") from error
     require(
         isinstance(made, Optimizer), f"dense_optimizer makes a {type(made).__name__}; expected a torch.optim.Optimizer"
     )
@@ -87,6 +90,7 @@ def make_dense_optimizer(dense_optimizer: DenseOptimizer, parameters: Sequence[n
         f"dense_optimizer {name} takes sparse gradients only; dense layers have none: use Adam",
     )
     for group in made.param_groups:
+        require("lr" in group, f"dense_optimizer {name} has no lr; give its base class the defaults {{'lr': lr}}")
         require(math.isfinite(group["lr"]), f"dense_optimizer {name}: lr is {group['lr']}; expected a finite number")
     return made
 
@@ -120,12 +124,14 @@ def dense_settings(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
 
 
 def dense_state_bytes(dense_optimizer: DenseOptimizer, parameters: Sequence[nn.Parameter]) -> int:
-    """Return the bytes of an optimizer's state after its first step, without scalars.
+    """Return the bytes of an optimizer's state after its first step, without scalars; 0 without parameters.
 
     Args:
         dense_optimizer: makes the optimizer.
         parameters: parameters on any device, including meta; the step is made with zeros on the CPU.
     """
+    if not parameters:
+        return 0
     stand_ins = [nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device="cpu")) for p in parameters]
     for parameter in stand_ins:
         parameter.grad = torch.zeros_like(parameter)

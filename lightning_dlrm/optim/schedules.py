@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.contracts.own_code import place_in_own_code, with_place
 from lightning_dlrm.optim.dense import name_of, takes, target_of
 
 log = logging.getLogger("lightning_dlrm")
@@ -47,7 +48,10 @@ def make_schedule(schedule: Schedule, optimizer: Optimizer, total_steps: Callabl
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        raise UserError(f"schedule {schedule_name(schedule)}: {' '.join(str(error).split())}") from error
+        if place_in_own_code(error) is not None:
+            raise
+        name = with_place(target_of(schedule, LRScheduler)[0])
+        raise UserError(f"schedule {name}: {one_line(error)}") from error
     require(
         isinstance(made, LRScheduler),
         f"schedule makes a {type(made).__name__}; expected a torch.optim.lr_scheduler.LRScheduler",

@@ -1,0 +1,132 @@
+"""Faults in code of the user, such as a network of their own: the place, and how to define it."""
+
+import inspect
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning_dlrm.contracts.errors import cause_of, shown_path
+
+_INSTALLED = {Path(path).resolve() for path in sysconfig.get_paths().values()}
+_HERE = Path(__file__).resolve().parents[2]
+_PACKAGES = (_HERE / "lightning_dlrm", _HERE / "datamodules")
+
+_ARGUMENTS = {"CTRNetwork": "features, seed", "Optimizer": "params", "LRScheduler": "optimizer"}
+"""Base class -> the arguments with which this project makes an instance, before those of the configuration."""
+
+
+def fault_in_own_code(error: BaseException) -> tuple[str | None, str]:
+    """Return where the user's own code caused an error, such as ``own.py, line 12, in score``, and the cause; no place
+    if it did not.
+
+    The place is the innermost frame of own code. A call whose arguments do not fit an own method, and an own class that
+    lacks a method, have no such frame: the place is then that of the method or the class, and the cause says how to
+    define the method.
+    """
+    if (place := place_in_own_code(error)) is not None:
+        return place, cause_of(error)
+    called = re.match(r"([\w.]+)\.(\w+)\(\) (?:takes|missing|got) ", str(error))
+    if isinstance(error, TypeError) and called and (owner := _own_class(called[1])) is not None:
+        return _place_of(owner, called[2]), f"{cause_of(error)}; define it as {_form(owner, called[2])}"
+    frame = _innermost_frame(error)
+    owner = None if frame is None else type(frame.f_locals.get("self"))
+    if frame is None or owner is None or not _is_own_class(owner):
+        return None, cause_of(error)
+    method = frame.f_code.co_name
+    cause = cause_of(error)
+    if isinstance(error, NotImplementedError):
+        cause = f"{owner.__name__} does not define {method}"
+    missing = isinstance(error, NotImplementedError) or re.search("define|must be implemented", cause) is not None
+    return _place_of(owner), f"{cause}; define {_form(owner, method)}" if missing else cause
+
+
+def place_in_own_code(error: BaseException) -> str | None:
+    """Return the innermost frame of the user's own code in an error's traceback, such as ``own.py, line 12, in score``;
+    None if there is none.
+
+    Own code belongs neither to this project nor to an installed package. torch.compile names the frames of what it
+    compiles in its message.
+    """
+    frames = [(frame.filename, frame.lineno, frame.name) for frame in traceback.extract_tb(error.__traceback__)]
+    frames += re.findall(r'File "(.+?)", line (\d+), in (\w+)', str(error))
+    for file, line, name in reversed(frames):
+        if _is_own(file):
+            return f"{shown_path(file)}, line {line}, in {name}"
+    return None
+
+
+def with_place(made_by: Callable[..., Any]) -> str:
+    """Return the name of a class, method or function, with its file and line if it is the user's own.
+
+    >>> with_place(dict)
+    'dict'
+    """
+    name = getattr(made_by, "__qualname__", type(made_by).__name__).rpartition("<locals>.")[2]
+    if not (inspect.isclass(made_by) or inspect.isfunction(made_by)) or not _is_own_class(made_by):
+        return name
+    return f"{name} ({_file_and_line(made_by)})"
+
+
+def _is_own(file: str) -> bool:
+    path = Path(file)
+    return path.is_file() and not any(
+        folder in _INSTALLED or folder in _PACKAGES or folder.name == "site-packages"
+        for folder in path.resolve().parents
+    )
+
+
+def _is_own_class(made_by: Callable[..., Any]) -> bool:
+    file = getattr(sys.modules.get(made_by.__module__), "__file__", None)
+    return file is not None and _is_own(file)
+
+
+def _own_class(name: str) -> type | None:
+    """Return the class of this qualified name in a module of the user's; None if there is none."""
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file is None or not _is_own(file):
+            continue
+        found: Any = module
+        for part in name.split("."):
+            found = vars(found).get(part) if hasattr(found, "__dict__") else None
+        if inspect.isclass(found) and found.__qualname__ == name:
+            return found
+    return None
+
+
+def _place_of(owner: type, method: str = "") -> str:
+    if method in vars(owner):
+        return f"{_file_and_line(getattr(owner, method))}, in {owner.__name__}.{method}"
+    return f"{_file_and_line(owner)}, class {owner.__name__}"
+
+
+def _file_and_line(made_by: Callable[..., Any]) -> str:
+    file = str(getattr(sys.modules[made_by.__module__], "__file__", made_by.__module__))
+    try:
+        return f"{shown_path(file)}, line {inspect.getsourcelines(made_by)[1]}"
+    except OSError:
+        return shown_path(file)
+
+
+def _form(owner: type, method: str) -> str:
+    """Return the form of a method as the base of an own class has it, such as ``score(self, dense_BI, vectors)``."""
+    bases = [base for base in inspect.getmro(owner)[1:] if not _is_own_class(base)]
+    if method == "__init__":
+        given = next((_ARGUMENTS[base.__name__] for base in bases if base.__name__ in _ARGUMENTS), "")
+        return f"__init__({', '.join(filter(None, ['self', given, '...']))})"
+    base = next((base for base in bases if method in vars(base)), owner)
+    parameters = inspect.signature(getattr(base, method)).parameters.values()
+    listed = ", ".join(
+        str(one.replace(annotation=inspect.Parameter.empty)) for one in parameters if one.name not in ("args", "kwargs")
+    )
+    return f"{method}({listed})"
+
+
+def _innermost_frame(error: BaseException) -> FrameType | None:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1] if frames else None
