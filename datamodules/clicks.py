@@ -17,6 +17,7 @@ from datamodules.stream.loader import Cache, Loader, TrainingLoader, require_kep
 from datamodules.stream.order import LANES, Shuffle
 from lightning_dlrm.contracts.errors import UserError, nearest_first, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema, SplitName
+from lightning_dlrm.contracts.terminal import counted
 
 # A footer takes some 10 ms to check. Those of further files are checked when their rows are read.
 _FILES_AT_START = 100
@@ -197,8 +198,8 @@ class FolderData(pl.LightningDataModule):
             groups = sum(len(file.row_groups) for file in part_files(self.schema, ["train"]))
             log.warning(
                 "the busiest rank trains on %.2f times the mean number of samples, and the others wait for it: the "
-                "training split has only %s row groups; use data.shuffle full with data.cache memory, or fewer ranks",
-                *(largest, groups),
+                "training split has only %s; use data.shuffle full with data.cache memory, or fewer ranks",
+                *(largest, counted(groups, "row group")),
             )
 
     def val_dataloader(self) -> Loader:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dlrm.cli.configs import expand_home, with_option_as_typed
-from lightning_dlrm.cli.plain_parser import PlainParser
+from lightning_dlrm.cli.plain_parser import PlainParser, join_negative_values
 from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.contracts.documents import printable
 from lightning_dlrm.contracts.errors import UserError, nearest_first, one_line, require
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     shows_tracebacks = DEBUG in given
     # Shells replace ~ at the start of a word only.
-    arguments = [expand_home(argument) for argument in given if argument != DEBUG]
+    arguments = join_negative_values([expand_home(argument) for argument in given if argument != DEBUG])
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0 if arguments else 2
@@ -181,6 +181,11 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
         if isinstance(error, UnicodeEncodeError):
             return UserError(f"a name cannot be written in {error.encoding}: set PYTHONUTF8=1, or use ASCII names")
         if _is_refusal_of_lightning(error):
+            if long := re.match(r"`val_check_interval` \((\d+)\) must be .*batches \((\d+)\)", one_line(error)):
+                return UserError(
+                    f"trainer.val_check_interval is {long[1]}, but an epoch has {int(long[2]):,} batches; "
+                    "give at most this number, or set trainer.check_val_every_n_epoch to null to count across epochs"
+                )
             place, cause = fault_in_own_code(error)
             return UserError(f"Lightning: {one_line(error)}" if place is None else f"{place}: {cause}")
         if invalid := re.match(r"An invalid dataloader was returned from `([\w.]+)\(\)`", str(error)):

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from datamodules.preprocess.progress import format_duration
 from datamodules.writer import DatasetWriter, Values
 from lightning_dlrm.contracts.cache import cache_root
-from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.contracts.disk import write_fault
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, Column, DatasetSchema, SplitName
 from lightning_dlrm.contracts.terminal import binary_size
 
@@ -102,9 +103,7 @@ def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool
         if (existing := _existing(planned, folder)) is not None:
             return existing
         if isinstance(error, OSError):
-            raise UserError(
-                f"{folder} cannot be made ({one_line(error)}); free some disk, or choose another place"
-            ) from error
+            raise UserError(write_fault(folder, error, "another folder")) from error
         raise
 
 

@@ -33,6 +33,7 @@ from datamodules.generate.demo import AD, BLOCK_ROWS, VISITOR, Draw, Feature, Pl
 from datamodules.generate.folder import SEED_RANGE, check_settings, checked_estimate
 from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.report import mark_of
+from lightning_dlrm.contracts.disk import write_fault
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE
 from lightning_dlrm.contracts.terminal import counted
@@ -362,6 +363,4 @@ def whole_file(path: Path) -> Iterator[Callable[[bytes], Any]]:
                 yield file.write
         mark_of(path).write_text(str(path.stat().st_size))
     except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror or error}); free some disk, or choose another place"
-        ) from error
+        raise UserError(write_fault(path, error, "another --output")) from error

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_dlrm.contracts.disk import require_writable
 from lightning_dlrm.contracts.errors import shown_path
 from lightning_dlrm.contracts.terminal import aligned, binary_size, counted
 
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     bounds = None if args.work == "merge" else _bounds(CheckpointReader(source), args)
+    require_writable(args.output, "another --output")
     with lock_run_of(args.output):
         rewrite_checkpoint(source, args.output, bounds)
     manifest = CheckpointReader(args.output).manifest

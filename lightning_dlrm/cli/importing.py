@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_dlrm.cli.parser import build_model_and_data, refuse_options_of_runs
 from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.cli.short_help import TRUST_HELP
+from lightning_dlrm.contracts.disk import require_writable
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
 from lightning_dlrm.engine.module import CTRModule
@@ -60,6 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     require(options.output is not None, "checkpoint import: give the new checkpoint folder with --output")
     output = Path(options.output)
     require(not output.exists(), f"{output} exists; choose another --output")
+    require_writable(output, "another --output")
     refuse_options_of_runs("checkpoint import", rest)
     weights = read_published(source)
     module = build_model_and_data(rest).module
@@ -90,8 +92,8 @@ def read_published(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path} is not a file of tensors and plain values ({' '.join(str(error).split())[:120]}); "
-            "expected what facebookresearch/dlrm wrote with --save-model"
+            f"{path} is not a file of tensors and plain values; expected what facebookresearch/dlrm wrote with "
+            "--save-model: give that file"
         ) from error
     weights: Any = content.get("state_dict") if isinstance(content, Mapping) else None
     require(

@@ -3,17 +3,15 @@
 import argparse
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 from lightning_dlrm.contracts.errors import UserError, joined, listed, nearest, nearest_first
-from lightning_dlrm.contracts.terminal import filled, help_width
+from lightning_dlrm.contracts.terminal import filled, help_width, wrap_around_quotes
 
 _COLUMN = 29
 """Column at which the words of an option begin, as in ``short_help``."""
-_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 class HelpParser(argparse.ArgumentParser):
@@ -118,6 +116,22 @@ class PlainParser(HelpParser):
         return re.findall(r"--[\w.-]+", self.format_help())
 
 
+def join_negative_values(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with a value such as ``-1GiB`` words to its option, because argparse takes it for an option.
+
+    >>> join_negative_values(["plan", "--device-memory", "-1GiB", "--skew", "-4"])
+    ['plan', '--device-memory=-1GiB', '--skew', '-4']
+    """
+    words: list[str] = []
+    for argument in arguments:
+        is_value = re.match(r"-\.?\d", argument) and not re.fullmatch(r"-\d+|-\d*\.\d+", argument)
+        if is_value and words and re.fullmatch(r"--[\w.-]+", words[-1]):
+            words[-1] += f"={argument}"
+        else:
+            words.append(argument)
+    return words
+
+
 def _group(text: str) -> str:
     """Return a group of options or of subcommands with the words of all entries at one column."""
     title, *lines = text.splitlines()
@@ -152,10 +166,7 @@ def _with_choices(name: str, words: str) -> tuple[str, str]:
 
 def _entry(name: str, words: str, column: int) -> list[str]:
     """Return the lines of an entry: its name, and its words at a column."""
-    # Text in quotes stays in one line.
-    words = re.sub(r"(?<!\w)'[^']+'", lambda quoted: quoted[0].replace(" ", _NO_BREAK), words)
-    lines = textwrap.wrap(words, help_width() - column, break_long_words=False, break_on_hyphens=False) or [""]
-    lines = [f"{'':{column}}{line.replace(_NO_BREAK, ' ')}" for line in lines]
+    lines = [f"{'':{column}}{line}" for line in wrap_around_quotes(words, help_width() - column) or [""]]
     if len(name) + 4 > column:
         return [f"  {name}", *lines]
     return [f"  {name:{column - 2}}{lines[0][column:]}".rstrip(), *lines[1:]]

@@ -110,6 +110,7 @@ def run(arguments: Sequence[str]) -> int:
     refuse_options_of_runs("plan", arguments)
     built = build_model_and_data(arguments, _parser())
     settings, module = built.settings, built.module
+    require(0 <= settings.skew < math.inf, f"--skew is {settings.skew:g}; expected a number of 0 or more")
     given_ranks, settings.ranks = settings.ranks, _ranks(settings)
     with torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)
@@ -281,6 +282,10 @@ def parse_indices(text: str | None, features: Features) -> dict[str, float] | No
     except ValueError as error:
         raise UserError(f"--indices is {text}; expected numbers separated by commas, such as 1,3") from error
     columns = list(features.tables)
+    require(
+        all(0 <= number < math.inf for number in given),
+        f"--indices is {text}; expected numbers of 0 or more, such as 1,3",
+    )
     require(
         len(given) in (1, len(columns)),
         f"--indices gives {len(given)} numbers, but the data have {len(columns)} columns: give 1 or {len(columns)}",

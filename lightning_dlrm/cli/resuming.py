@@ -63,6 +63,11 @@ def choose_checkpoint(command: str, settings: Namespace) -> list[Path]:
     """
     path, run_dir = settings.ckpt_path, settings.run_dir
     in_run = path in ("best", "last") and run_dir is not None
+    require(
+        in_run or path not in ("best", "last") or Path(path).exists(),
+        f"--ckpt_path {path} is a checkpoint of the run in --run_dir, which is missing: give --run_dir RUN, or "
+        f"the path RUN/checkpoints/{path}",
+    )
     folder = RunFolder(Path(run_dir)).checkpoints if in_run else Path()
     if command in EVALUATIONS:
         require(settings.resume is None, f"--resume is for fit; {command} takes --ckpt_path")

@@ -135,6 +135,10 @@ def _check_numbers(trainer: Mapping[str, Any]) -> None:
         )
 
 
+_SPLIT_BY_LIGHTNING = ("fsdp", "deepspeed", "model_parallel")
+"""Beginnings of the names of strategies that split a model themselves, and do not know its tables."""
+
+
 def _check_place(trainer: Mapping[str, Any]) -> None:
     """
     Raises:
@@ -150,7 +154,8 @@ def _check_place(trainer: Mapping[str, Any]) -> None:
             accelerator not in ("gpu", "cuda") or torch.cuda.is_available(),
             f"trainer.accelerator is {accelerator}, but torch finds no CUDA device here; use cpu",
         )
-    if isinstance(strategy, str) and strategy not in ("auto", *StrategyRegistry.available_strategies()):
+    is_known = strategy in ("auto", *StrategyRegistry.available_strategies())
+    if isinstance(strategy, str) and (not is_known or strategy.startswith(_SPLIT_BY_LIGHTNING)):
         ours = ("auto", EMBEDDING_SHARDED_DDP)
         expected = f"; expected auto for one process, or {EMBEDDING_SHARDED_DDP}"
         raise UserError(f"trainer.strategy is {strategy}{nearest(strategy, ours) or expected}")

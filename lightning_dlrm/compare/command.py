@@ -39,6 +39,7 @@ from lightning_dlrm.compare.scores import (
     scoring_command,
     shared_samples,
 )
+from lightning_dlrm.contracts.disk import write_fault
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.terminal import command_after
 from lightning_dlrm.tracking.dashboard import Dashboard, publish
@@ -319,4 +320,4 @@ def _make(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {output}: {error.strerror}; choose another --output") from error
+        raise UserError(write_fault(output, error, "another --output")) from error

@@ -148,8 +148,12 @@ class Batch:
         tensors = (self.label, self.dense, self.rows, self.group, self.ids.values, self.ids.offsets, self.ids.weights)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
-    def check_form(self, features: Features) -> None:
+    def check_form(self, features: Features, dtype: torch.dtype) -> None:
         """Check the shapes and dtypes of a batch's tensors.
+
+        Args:
+            features: features of the dataset.
+            dtype: of the network's parameters, to which Lightning has converted the batch if it is not float32.
 
         Raises:
             UserError: one of them differs from what the fields of this class document.
@@ -167,7 +171,10 @@ class Batch:
         require(
             ids.tables == len(features.tables), f"ids.tables is {ids.tables}; expected {len(features.tables)} tables"
         )
-        require(self.dense.dtype == torch.float32, f"dense has the dtype {self.dense.dtype}; expected torch.float32")
+        require(
+            self.dense.dtype in (torch.float32, dtype),
+            f"dense has the dtype {self.dense.dtype}; expected torch.float32",
+        )
         require(
             ids.values.dtype in (torch.int32, torch.int64),
             f"ids.values has the dtype {ids.values.dtype}; expected torch.int32",
@@ -240,7 +247,7 @@ class Batch:
         return self.map(lambda tensor: None if tensor is None else tensor.pin_memory())
 
 
-def require_batch(batch: object, features: Features, datamodule: object) -> None:
+def require_batch(batch: object, features: Features, dtype: torch.dtype, datamodule: object) -> None:
     """Refuse what a dataloader yields if a network of these features cannot take it.
 
     Values of batches on a device, and of those that a loader has checked, are not read.
@@ -248,6 +255,7 @@ def require_batch(batch: object, features: Features, datamodule: object) -> None
     Args:
         batch: what the dataloader yields.
         features: features of the dataset.
+        dtype: of the network's parameters.
         datamodule: where the dataloader is from, for the message; None if it is unknown.
 
     Raises:
@@ -262,7 +270,7 @@ def require_batch(batch: object, features: Features, datamodule: object) -> None
             "Batch(label=..., dense=..., ids=SparseIds(...), global_size=...)"
         )
     try:
-        batch.check_form(features)
+        batch.check_form(features, dtype)
     except UserError as error:
         raise UserError(f"{source} yields a batch whose {error}: correct the datamodule") from error
     if batch.dense.device.type == "cpu":

@@ -1,17 +1,54 @@
-"""Flushes and locks of files, which some file systems (CIFS, FUSE, Lustre, NFS) refuse."""
+"""Flushes and locks of files, and the words for a file that cannot be written.
+
+Some file systems (CIFS, FUSE, Lustre, NFS) refuse flushes and locks.
+"""
 
 import errno
 import fcntl
 import functools
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import IO
+
+from lightning_dlrm.contracts.errors import UserError, one_line
 
 log = logging.getLogger("lightning_dlrm")
 
 _REFUSALS = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of file systems that do not have a call."""
+
+
+def write_fault(path: Path, error: Exception, choice: str) -> str:
+    """Return why a file or folder cannot be written, and what to do.
+
+    Args:
+        path: the file or folder.
+        error: the error of the system, or of a library that writes files.
+        choice: what to choose instead, such as ``another --output``.
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    blocking = next((parent for parent in (path, *path.parents) if parent.is_file()), None)
+    if code in (errno.EEXIST, errno.ENOTDIR) and blocking is not None:
+        return f"cannot write {path}: {blocking} is a file; choose {choice}"
+    words = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+    remedy = "free disk space, or " if code in (None, errno.ENOSPC, errno.EDQUOT, errno.EIO) else ""
+    return f"cannot write {path}: {words}; {remedy}choose {choice}"
+
+
+def require_writable(folder: Path, choice: str) -> None:
+    """Make the parents of a new folder.
+
+    Raises:
+        UserError: they cannot be made, or nothing can be written there.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise UserError(write_fault(folder, error, choice)) from error
 
 
 def flush(path: Path) -> None:

@@ -16,6 +16,9 @@ _COMMAND = re.compile(r"(?<!')\b(?:python -m|wandb sync) ")
 _WORD = re.compile(r"""(?:--[\w.-]+ (?=[^\s-]))?(?:[^\s'"]|'[^']*'|"[^"]*"|['"])+""")
 """A word of a command, or an option and its value; a quote without its end is a character."""
 
+_QUOTED = re.compile(r"(?<!\w)'[^']{1,60}'(?!\w)")
+_NO_BREAK = "\N{NO-BREAK SPACE}"
+
 _ENTRY = re.compile(r" *\S+(?: \S+)* {2,}(?=\S)")
 """The name of an entry, and the space before its explanation."""
 
@@ -147,7 +150,7 @@ def _filled(block: list[str], width: int) -> list[str]:
         indent = _indent(block[1])
     elif (entry := _ENTRY.match(words)) is not None:
         indent = entry.end()
-    return textwrap.wrap(words, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return wrap_around_quotes(words, width, " " * indent)
 
 
 def _indent(line: str) -> int:
@@ -162,7 +165,14 @@ def _parts(line: str, width: int) -> list[str]:
         words = line[: command.start()].rstrip()
         before, indent = (_parts(words, width), indent) if words else ([], indent[:-2])
         return [*before, *_command_parts(line[command.start() :], width, indent)]
-    return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return wrap_around_quotes(line, width, indent)
+
+
+def wrap_around_quotes(line: str, width: int, indent: str = "") -> list[str]:
+    """Wrap a line; text in quotes, which may be a value to copy, stays in one piece."""
+    kept = _QUOTED.sub(lambda quoted: quoted[0].replace(" ", _NO_BREAK), line)
+    parts = textwrap.wrap(kept, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return [part.replace(_NO_BREAK, " ") for part in parts]
 
 
 def _command_parts(command: str, width: int, indent: str) -> list[str]:

@@ -89,9 +89,18 @@ def require_memory(module: "CTRModule", plan: Plan | None = None) -> None:
     ranks = range(trainer.node_rank * trainer.num_devices, (trainer.node_rank + 1) * trainer.num_devices)
     samples, device = batch_size_of(trainer) / trainer.world_size, trainer.strategy.root_device
 
-    def needed(rank: int, on_host: bool | None) -> Counter[str]:
+    def needed(rank: int, on_host: bool | None, samples: float = samples) -> Counter[str]:
         held = {} if plan is None else {"held": partial(rows_on_rank, plan, rank)}
         return count_memory(module, network, samples, bool(trainer.training), on_host=on_host, **held)
+
+    def refuse_more(ranks: Sequence[int], on_host: bool | None, free: float, where: str) -> None:
+        everything = sum((needed(rank, on_host) for rank in ranks), start=Counter())
+        if everything.total() <= free:
+            return
+        without_batch = sum(needed(rank, on_host, samples=0).total() for rank in ranks)
+        share = (free - without_batch) / (everything.total() - without_batch or 1)
+        batch_size = int(batch_size_of(trainer) * max(0.0, share))
+        _refuse(everything, free, where, loads, with_grad, batch_size)
 
     loads = table_loads(network, module)
     with_grad = any(lookup.dense_gradients for lookup in network.lookups())
@@ -99,10 +108,8 @@ def require_memory(module: "CTRModule", plan: Plan | None = None) -> None:
         free, _ = torch.cuda.mem_get_info(device)
         # torch reuses the memory that it keeps of freed tensors, such as those of an earlier fit.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        _require(needed(trainer.global_rank, False), free, f"the device {device}", loads, with_grad)
-    on_host = True if device.type == "cuda" else None
-    everything = sum((needed(rank, on_host) for rank in ranks), start=Counter())
-    _require(everything, available_memory(), "this machine", loads, with_grad)
+        refuse_more([trainer.global_rank], False, free, f"the device {device}")
+    refuse_more(ranks, True if device.type == "cuda" else None, available_memory(), "this machine")
 
 
 def rows_on_rank(plan: Plan, rank: int, load: TableLoad) -> int:
@@ -111,15 +118,18 @@ def rows_on_rank(plan: Plan, rank: int, load: TableLoad) -> int:
     return sum(piece.rows for piece in pieces if piece.rank == rank)
 
 
-def _require(needed: Counter[str], free: float, where: str, loads: Sequence[TableLoad], with_grad: bool) -> None:
+def _refuse(
+    needed: Counter[str], free: float, where: str, loads: Sequence[TableLoad], with_grad: bool, batch_size: int
+) -> None:
     total = needed.total()
-    if total <= free:
-        return
+    remedies = _remedies(needed, free, where, loads, with_grad)
+    if batch_size:
+        remedies.insert(0, f"--data.batch_size {batch_size} or less")
     named = {name.replace("optimizer_", "optimizer state of "): size for name, size in needed.most_common()}
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in named.items() if size > total / 100)
     raise UserError(
         f"this run needs {format_bytes(total)} of memory ({parts}), but {where} has {format_bytes(free)} free; "
-        f"what would fit: {'; '.join(_remedies(needed, free, where, loads, with_grad))}"
+        f"what would fit: {'; '.join(remedies)}"
     )
 
 

@@ -113,7 +113,7 @@ class MetricsLogger(pl.Callback):
         # Not earlier: if the checkpoint is refused, the run folder stays as it is.
         Ranks(long_timeout=True).run_on_rank_zero(self._prepare_folder)
         if self._step:
-            log.info("resumed at step %d (%s samples)", self._step, f"{self.samples:,}")
+            log.info("resumed at step %s (%s samples)", f"{self._step:,}", f"{self.samples:,}")
         for logger in trainer.loggers:
             logger.log_hyperparams(describe(trainer, pl_module) | fingerprints(pl_module))
         self._start = self._last_log = self._mark(trainer, pl_module)

@@ -215,7 +215,7 @@ def _saying_what_it_waits_for(strategy: DDPStrategy, seconds: float = 15.0) -> I
             environment = strategy.cluster_environment
             assert environment is not None
             log.warning(
-                "rank %s has waited %.0f s for all %s ranks to reach %s:%s: check whether the other ranks have started",
+                "rank %s has waited %.0f s until all %s ranks reach %s:%s: check whether they have started",
                 *(environment.global_rank(), time.monotonic() - start, environment.world_size()),
                 *(environment.main_address, environment.main_port),
             )

@@ -276,16 +276,11 @@ class CTROptimizer(torch.optim.Optimizer):
             UserError: saved settings differ from this run's. Settings that only one of them has are ignored, because
                 releases of torch add some.
         """
+        theirs, ours = _differing(saved, self._settings), _differing(self._settings, saved)
         require(
-            saved.keys() == self._settings.keys()
-            and all(
-                plain_setting(saved[name][key]) == plain_setting(value)
-                for name, ours in self._settings.items()
-                for key, value in ours.items()
-                if key in saved[name]
-            ),
-            f"the checkpoint was trained with {_words(saved)}; this run asks for {_words(self._settings)}: choose "
-            "the same classes and settings, or start a new run",
+            not theirs and not ours,
+            f"the checkpoint was trained with {_words(theirs)}; this run asks for {_words(ours)}: choose the same "
+            "classes and settings, or start a new run",
         )
 
 
@@ -307,8 +302,28 @@ def _check_rules(table_rule: UpdateRule | None, wide_rule: UpdateRule | None, by
         )
 
 
+def _differing(
+    settings: Mapping[str, Mapping[str, Any]], others: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return the class of each group with other settings, and these settings; the class alone if it is another one."""
+    found: dict[str, dict[str, Any]] = {}
+    for group, ours in settings.items():
+        theirs = others.get(group, {})
+        different = {
+            key: value
+            for key, value in ours.items()
+            if key in theirs and plain_setting(theirs[key]) != plain_setting(value)
+        }
+        if not theirs or "rule" in different:
+            found[group] = {"rule": ours["rule"]}
+        elif different:
+            found[group] = {"rule": ours["rule"], **different}
+    return found
+
+
 def _words(rules: Mapping[str, Mapping[str, Any]]) -> str:
-    return " and ".join(
-        f"{group}: {settings['rule']} ({', '.join(f'{k} {v}' for k, v in settings.items() if k != 'rule')})"
-        for group, settings in rules.items()
-    )
+    words = []
+    for group, settings in rules.items():
+        listed = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "rule")
+        words.append(f"{group}: {settings['rule']}{f' ({listed})' if listed else ''}")
+    return " and ".join(words) or "no other optimizer"

@@ -121,8 +121,8 @@ def _save_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"cannot save the checkpoint {folder}: {one_line(error)}; the previous one is untouched: "
-            "free disk space or choose another --run_dir, then resume"
+            f"cannot save the checkpoint {folder}: {one_line(error)}; an earlier one is unchanged: free disk space and "
+            "resume, or choose another folder (--run_dir of fit, --output of checkpoint)"
         ) from error
 
 
@@ -208,7 +208,7 @@ class CheckpointReader:
         for part in self._files():
             require(
                 (self.folder / part.file).stat().st_size == part.bytes,
-                f"checkpoint file {self.folder / part.file} is damaged (its size differs)",
+                f"checkpoint file {self.folder / part.file} is damaged (its size differs); use another checkpoint",
             )
 
     @property

@@ -158,7 +158,7 @@ def parse_bytes(text: str, setting: str) -> int:
     """
     value = _bytes_of(text)
     if value is None:
-        raise UserError(f"{setting} is {text}; expected an amount such as 80GiB")
+        raise UserError(f"{setting} is {text}; expected an amount above 0, such as 80GiB")
     return value
 
 
@@ -184,7 +184,9 @@ def parse_memory(text: str, setting: str) -> int | list[int]:
     """
     amounts = [amount for part in text.split(",") if (amount := _bytes_of(part)) is not None]
     if len(amounts) <= text.count(","):
-        raise UserError(f"{setting} is {text}; expected an amount such as 80GiB, or one for each rank: 24GiB,80GiB")
+        raise UserError(
+            f"{setting} is {text}; expected an amount above 0, such as 80GiB, or one for each rank: 24GiB,80GiB"
+        )
     return amounts[0] if len(amounts) == 1 else amounts
 
 

@@ -21,6 +21,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from lightning_dlrm.contracts.disk import write_fault
 from lightning_dlrm.contracts.documents import MAX_BYTES, YAML_FAULTS, parse_yaml, read_json
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.tracking import names
@@ -294,7 +295,7 @@ def _create_folder(path: Path) -> bool:
             raise
         return True
     except OSError as error:
-        raise UserError(f"cannot create the run folder {path}: {error.strerror}; choose another --run_dir") from error
+        raise UserError(write_fault(path, error, "another --run_dir")) from error
 
 
 def _replace_nonfinite(value: Any) -> Any:

@@ -293,7 +293,7 @@ def test_amounts_of_memory() -> None:
     for bad in ("80Gigs", "", "-1GB", "nan", "1GiB,", "1GiB,lots"):
         with pytest.raises(UserError, match=rf"^memory is {bad}; expected an amount .* for each rank: 24GiB,80GiB$"):
             parse_memory(bad, "memory")
-        with pytest.raises(UserError, match=rf"^--device-memory is {bad}; expected an amount such as 80GiB$"):
+        with pytest.raises(UserError, match=rf"^--device-memory is {bad}; expected an amount above 0, such as 80GiB$"):
             parse_bytes(bad, "--device-memory")
 
 
