@@ -33,7 +33,7 @@ def write_fault(path: Path, error: Exception, choice: str) -> str:
     if code in (errno.EEXIST, errno.ENOTDIR) and blocking is not None:
         return f"cannot write {path}: {blocking} is a file; choose {choice}"
     words = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-    remedy = "free disk space, or " if code in (None, errno.ENOSPC, errno.EDQUOT, errno.EIO) else ""
+    remedy = "free disk space, or " if code in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else ""
     return f"cannot write {path}: {words}; {remedy}choose {choice}"
 
 

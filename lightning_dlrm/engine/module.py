@@ -269,8 +269,8 @@ class CTRModule(pl.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Return the batch on the device; a side stream copies it to a GPU while earlier steps compute."""
         # Here, since a check on the device would wait for it.
-        dtype = next((parameter.dtype for parameter in self.network.parameters()), torch.float32)
-        require_batch(batch, self.schema.features, dtype, getattr(self.trainer, "datamodule", None))
+        dtype = next((parameter.dtype for parameter in self.parameters()), torch.float32)
+        require_batch(batch, self.schema.features, dtype, self._datamodule())
         if device.type == batch.dense.device.type == "cpu":
             return batch
         if device.type != "cuda":
@@ -383,11 +383,13 @@ class CTRModule(pl.LightningModule):
 
     def data_schema(self) -> DatasetSchema:
         """Return the schema of the current data, which is complete after they are prepared."""
+        return getattr(self._datamodule(), "schema", self.schema)
+
+    def _datamodule(self) -> Any:
         try:
-            datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+            return getattr(self.trainer, "datamodule", None)
         except RuntimeError:  # no trainer yet
-            return self.schema
-        return getattr(datamodule, "schema", self.schema)
+            return None
 
     def _size_of(self, make_network: Callable[[Features, int], CTRNetwork]) -> ModelSize:
         """

@@ -430,6 +430,10 @@ def test_the_command_counts_the_ids_of_a_bag(capsys: pytest.CaptureFixture[str])
     assert main([*wide, "--json", "--model.network.tables.pooling_weights=learned"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["pooled"] == [] and found["sent_bytes_per_step"]["C2"]["as_sums"] is None
-    for bad, said in (("1,2", "2 numbers, but the data have 26"), ("many", "expected numbers"), ("-1", "-1.0 ind")):
+    for bad, said in (
+        ("1,2", "2 numbers, but the data have 26"),
+        ("many", "expected numbers"),
+        ("-1", "--indices is -1"),
+    ):
         assert main([*command, "--indices", bad]) == 2
         assert said in capsys.readouterr().err
