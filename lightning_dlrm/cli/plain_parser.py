@@ -117,7 +117,7 @@ class PlainParser(HelpParser):
 
 
 def join_negative_values(arguments: Sequence[str]) -> list[str]:
-    """Return arguments with a value such as ``-1GiB`` words to its option, because argparse takes it for an option.
+    """Return arguments with a value such as ``-1GiB`` joined to its option, because argparse takes it for an option.
 
     >>> join_negative_values(["plan", "--device-memory", "-1GiB", "--skew", "-4"])
     ['plan', '--device-memory=-1GiB', '--skew', '-4']
