@@ -326,4 +326,4 @@ def _words(rules: Mapping[str, Mapping[str, Any]]) -> str:
     for group, settings in rules.items():
         listed = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "rule")
         words.append(f"{group}: {settings['rule']}{f' ({listed})' if listed else ''}")
-    return " and ".join(words) or "no other optimizer"
+    return " and ".join(words) or "no such optimizer"
