@@ -470,7 +470,8 @@ def test_states_of_rules_for_dense_layers_open(rule: str, settings: dict, slots:
         for name in ("step", *slots.values()) if slots else ():
             assert torch.equal(again.state[parameter][name], values[name])
     assert [group["lr"] for group in again.param_groups] == pytest.approx([0.03, 0.03])
-    with pytest.raises(UserError, match=f"trained with dense: {type(optimizer.dense).__name__}.*; this run asks for dense: Adagrad"):
+    words = f"trained with dense: {type(optimizer.dense).__name__}.*; this run asks for dense: Adagrad"
+    with pytest.raises(UserError, match=words):
         optimizer_of(network, partial(torch.optim.Adagrad, lr=0.2), SGD(0.1)).load_state_dict(old)
 
 
