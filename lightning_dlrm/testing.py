@@ -13,7 +13,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.own_code import fault_in_own_code
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.contracts.terminal import counted
-from lightning_dlrm.models.network import CTRNetwork, fault_of_logits
+from lightning_dlrm.models.network import PROBABILITIES, CTRNetwork, fault_of_logits, returns_probabilities
 
 FEATURES = Features(dense=3, tables={"C1": 5, "C2": 40, "C3": 2})
 SAMPLES = 6
@@ -121,13 +121,16 @@ def _forward_fault(network: CTRNetwork, dense_BI: Tensor, ids: SparseIds) -> str
     if fault is not None or not isinstance(logits, Tensor):
         return fault
     if not logits.isfinite().all():
+        if network(dense_BI.nan_to_num(), ids).isfinite().all():
+            return (
+                "returns logits that are not finite: missing dense values are NaN, so pass dense features through "
+                "self.missing first"
+            )
         return (
-            "returns logits that are not finite: missing dense values are NaN, so pass dense features through "
-            "self.missing first"
+            "returns logits that are not finite, also without missing dense values; expected finite ones: look for "
+            "divisions by 0, and for logarithms and roots of numbers that may be 0 or negative"
         )
-    if "Sigmoid" in type(logits.grad_fn).__name__:
-        return "returns probabilities; expected logits, as the loss takes the sigmoid"
-    return None
+    return PROBABILITIES if returns_probabilities(logits) else None
 
 
 def _sample_problems(network: CTRNetwork, dense_BI: Tensor, ids: SparseIds) -> Iterator[str]:

@@ -96,7 +96,12 @@ class Swapped(Labelled):
 
 class Probabilities(Own):
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
-        return super().score(dense_BI, vectors).sigmoid()
+        return super().score(dense_BI, vectors)[:, None].sigmoid().squeeze(1)
+
+
+class LogOfZero(Own):
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        return super().score(dense_BI, vectors) + (0 * self.missing(dense_BI)).sum(1).log()
 
 
 class Unused(Own):
@@ -210,6 +215,7 @@ def test_a_network_with_forward_alone() -> None:
         (Labelled, "returns a dict; expected one logit for each sample"),
         (Swapped, r"score.dense, lookup.ids.. returns a dict"),
         (Probabilities, "returns probabilities; expected logits"),
+        (LogOfZero, "returns logits that are not finite, also without missing dense values"),
         (Unused, "spare gets no gradient, which DDP refuses"),
         (WithoutSeed, "networks of two seeds are the same"),
         (DrawsAnew, "two networks of one seed differ in top.0.weight"),

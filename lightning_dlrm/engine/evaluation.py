@@ -69,7 +69,12 @@ class Evaluation(nn.Module):
         )
 
     def warn_of_chance(
-        self, results: dict[str, float], schema: DatasetSchema, batch_size: int, learning_rates: dict[str, float]
+        self,
+        results: dict[str, float],
+        schema: DatasetSchema,
+        batch_size: int,
+        learning_rates: dict[str, float],
+        fault: str = "",
     ) -> str:
         """Log and return ``guards.words_of_chance`` with the counts of all ranks, on rank 0; all ranks call it
         together."""
@@ -84,7 +89,7 @@ class Evaluation(nn.Module):
         if ranks.rank != 0:
             return ""
         auc, log_loss = results[f"{self.stage}/auc"], results[f"{self.stage}/log_loss"]
-        words = words_of_chance(auc, clicks, samples, batch_size, learning_rates, schema.large_numbers, log_loss)
+        words = words_of_chance(auc, clicks, samples, batch_size, learning_rates, schema.large_numbers, log_loss, fault)
         if words:
             log.warning("%s %s", self.stage, words)
         return words

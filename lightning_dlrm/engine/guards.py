@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.models.network import PROBABILITIES, CTRNetwork, place_of, returns_probabilities
 from lightning_dlrm.objectives.metrics import chance_deviation
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.sharding.collectives import Ranks
@@ -55,6 +55,9 @@ class LossGuard(pl.Callback):
             f"{self._scale}lower the learning rates ({listed}), warm up longer, or set trainer.gradient_clip_val; "
             "earlier checkpoints are unchanged"
         )
+        self.fault = ""
+        """What is wrong with the logits of the first batch; empty if nothing is."""
+        self._seen_first = False
         self._unseen: list[tuple[Position, Tensor, Tensor]] = []
         self._largest: tuple[int, dict[str, float]] = (0, {})
         self._saved_step = -1
@@ -95,15 +98,22 @@ class LossGuard(pl.Callback):
         Ranks().run_on_all_ranks(check)
         self._saved_step = step
 
-    def watch(self, loss: Tensor, logits_B: Tensor, position: Position) -> None:
-        """Keep the loss of a batch (0-dim) and its logits, both detached, until the next check.
+    def watch(self, loss: Tensor, logits_B: Tensor, position: Position, network: CTRNetwork) -> None:
+        """Keep the loss of a batch (0-dim) and its logits, detached, until the next check; warn if those of the first
+        batch are probabilities.
 
         All ranks call it together, because after ``MOST_KEPT`` losses they check together.
 
         Raises:
             UserError: on all ranks, if a loss of a rank was NaN or infinite.
         """
-        self._unseen.append((position, loss, logits_B))
+        if not self._seen_first:
+            self._seen_first = True
+            if returns_probabilities(logits_B):
+                self.fault = f"{place_of(network)} {PROBABILITIES}"
+                if Ranks().rank == 0:
+                    log.warning(self.fault)
+        self._unseen.append((position, loss, logits_B.detach()))
         if len(self._unseen) >= self.MOST_KEPT:
             Ranks().run_on_all_ranks(self.check)
 
@@ -181,6 +191,7 @@ def words_of_chance(
     rates: Mapping[str, float],
     large_numbers: str = "",
     log_loss: float = math.nan,
+    fault: str = "",
 ) -> str:
     """Return what is wrong and what to do if an AUC is no better than that of random predictions; else no words.
 
@@ -192,6 +203,7 @@ def words_of_chance(
         rates: learning rates by group.
         large_numbers: dense columns with large numbers, see ``DatasetSchema.large_numbers``.
         log_loss: the log loss.
+        fault: what is wrong with the logits, which is then the only cause that is named.
     """
     others = samples - clicks
     if not (clicks and others and math.isfinite(auc)):
@@ -199,13 +211,18 @@ def words_of_chance(
     noise = chance_deviation(clicks, others)
     if auc - 0.5 > 3 * noise:
         return ""
+    found = (
+        f"AUC {auc:.4f} is no better than random predictions (0.5 give or take {3 * noise:.4f}, three standard "
+        f"deviations with {samples:,} samples). Likely cause"
+    )
+    if fault:
+        return f"{found}: {fault}"
     large = f"large numbers in {large_numbers}: {_SCALE}; " if large_numbers else ""
     zero = ""
     if abs(log_loss - math.log(2)) < 0.001:
         zero = "; or all logits are about 0, because the last layer ends in a ReLU (see linear_output of MLP)"
     listed = " and ".join(f"{rate:g} for {group}" for group, rate in rates.items())
     return (
-        f"AUC {auc:.4f} is no better than random predictions (0.5 give or take {3 * noise:.4f}, three standard "
-        f"deviations with {samples:,} samples). Likely causes: {large}too few steps, or learning rates ({listed}) that "
+        f"{found}s: {large}too few steps, or learning rates ({listed}) that "
         f"do not suit batches of {batch_size:,}: try ten times the rates if the loss hardly changed, else a tenth{zero}"
     )

@@ -245,7 +245,7 @@ class CTRModule(pl.LightningModule):
         # The last batch of an epoch may be smaller.
         self._batch_size = max(self._batch_size, batch.global_size * self.trainer.accumulate_grad_batches)
         position = Position(self.trainer.global_step + 1, self.trainer.current_epoch, batch_idx)
-        self.guard.watch(loss.detach(), logits_B.detach(), position)
+        self.guard.watch(loss.detach(), logits_B, position, self.network)
         total = self._scaled(loss + penalty_of(self.network, self.regularization), batch_idx)
         return {"loss": total, "step_loss": loss.detach(), "logits": logits_B.detach()}
 
@@ -356,8 +356,8 @@ class CTRModule(pl.LightningModule):
                     self.guard.check_state(self.network, optimizer_of(self), self.trainer.global_step)
                 evaluation.refuse_log_loss()
             if fitting:
-                rates = self.learning_rates
-                self.chance = evaluation.warn_of_chance(self.results, self.data_schema(), self._batch_size, rates)
+                schema, rates, fault = self.data_schema(), self.learning_rates, self.guard.fault
+                self.chance = evaluation.warn_of_chance(self.results, schema, self._batch_size, rates, fault)
             # For callbacks such as EarlyStopping, and what ``trainer.validate`` and ``test`` return: only metrics that
             # go to loggers too. During a fit MetricsLogger logs them. Lightning would round Python's floats.
             exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.results.items()}

@@ -152,6 +152,21 @@ def fault_of_logits(found: object, samples: int) -> str | None:
     return f"returns {returned}; expected one logit for each sample, ({samples},)"
 
 
+_SAME_VALUES = ("Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "Select", "Slice", "ToCopy", "Clone")
+"""Operations of torch that leave values as they are, as the names of their gradients begin."""
+
+PROBABILITIES = "returns probabilities; expected logits, as the loss takes the sigmoid: leave out its own sigmoid"
+
+
+def returns_probabilities(logits_B: Tensor) -> bool:
+    """Return whether a sigmoid or a softmax made logits, found without reading their values; False if they have no
+    gradient, or if they come from a compiled network."""
+    node = logits_B.grad_fn
+    while node is not None and type(node).__name__.startswith(_SAME_VALUES):
+        node = node.next_functions[0][0]
+    return type(node).__name__.startswith(("Sigmoid", "Softmax"))
+
+
 def require_logits(network: CTRNetwork, found: object, samples: int) -> None:
     """Refuse the result of a network that is not a logit for each sample; its values are not read.
 
@@ -160,9 +175,13 @@ def require_logits(network: CTRNetwork, found: object, samples: int) -> None:
     """
     fault = fault_of_logits(found, samples)
     if fault is not None:
-        made = type(network)
-        method = "score" if made.forward is CTRNetwork.forward else "forward"
-        raise UserError(f"{with_place(getattr(made, method))} {fault}")
+        raise UserError(f"{place_of(network)} {fault}")
+
+
+def place_of(network: CTRNetwork) -> str:
+    """Return the method that computes a network's logits, with its file and line if it is the user's own."""
+    made = type(network)
+    return with_place(getattr(made, "score" if made.forward is CTRNetwork.forward else "forward"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,6 +127,26 @@ def test_chance_is_told_from_skill_by_the_number_of_samples() -> None:
     assert not words_of_chance(float("nan"), 0, 100, 1, {})
 
 
+class Probabilities(DeepFM):
+    """A network that takes the sigmoid itself, before it changes the shape."""
+
+    def score(self, dense: torch.Tensor, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return super().score(dense, vectors)[:, None].sigmoid().squeeze(1)
+
+
+def test_probabilities_in_place_of_logits_draw_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = "Probabilities.score returns probabilities; expected logits, as the loss takes the sigmoid"
+    with caplog.at_level(logging.WARNING, "lightning_dlrm"):
+        module = toy_module(partial(Probabilities, embedding_dim=4, deep=[4]), SGD(1e-9), SGD(1e-9))
+        trainer_of(tmp_path / "run").fit(module, ToyData())
+        said = [record.getMessage() for record in caplog.records if words in record.getMessage()]
+        assert [line.startswith("validation AUC") for line in said] == [False, True], "once, and at the validation"
+        assert words in module.chance and "learning rates" not in module.chance
+        caplog.clear()
+        trainer_of(tmp_path / "good").fit(toy_module(), ToyData())
+        assert "probabilities" not in caplog.text
+
+
 def test_logits_of_zero_are_explained(caplog: pytest.LogCaptureFixture) -> None:
     for log_loss, is_zero in ((0.6933, True), (0.56, False)):
         words = words_of_chance(0.5, 20_000, 100_000, 1, {}, log_loss=log_loss)
@@ -329,10 +349,10 @@ def test_parameters_and_optimizer_state_are_checked_at_the_end_of_a_fit_that_sav
 def test_an_unlogged_loss_is_checked_on_all_ranks_together(monkeypatch: pytest.MonkeyPatch) -> None:
     together: list[Any] = []
     monkeypatch.setattr(guards.Ranks, "run_on_all_ranks", lambda self, action: together.append(action))
-    guard = guards.LossGuard({})
+    guard, network = guards.LossGuard({}), toy_dlrm(toy_schema().features, 0)
     for step in range(guard.MOST_KEPT):
         assert not together
-        guard.watch(torch.tensor(0.0), torch.zeros(1), guards.Position(step, 0, step))
+        guard.watch(torch.tensor(0.0), torch.zeros(1), guards.Position(step, 0, step), network)
     assert together == [guard.check]
 
 
