@@ -20,6 +20,8 @@ from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.tracking import names
 
 _TABLES_SHOWN = 10
+_PARTS_LISTED = 4
+"""Most small dense parts that a legend lists by name."""
 
 
 class CostDrawing(Drawing):
@@ -85,8 +87,8 @@ class CostDrawing(Drawing):
         amounts = {part: [float(parts.get(part, 0)) for _, parts in dense] for part in large}
         rest = [float(sum(n for part, n in parts.items() if part not in large)) for _, parts in dense]
         if any(rest):
-            # Matplotlib leaves a label with an underscore out of the legend.
-            amounts["smaller parts" if max(rest) >= least else "_too small to be seen"] = rest
+            small = [part for part in dict.fromkeys(name for _, parts in dense for name in parts) if part not in large]
+            amounts[", ".join(small) if len(small) <= _PARTS_LISTED else "smaller parts"] = rest
         labels = [("\n" if self.narrow else ", ").join(members) for members, _ in dense]
         self._stack(right, labels, amounts, "{:,.0f}", "parameters of the dense parts")
         right.xaxis.set_major_formatter(EngFormatter())

@@ -275,7 +275,8 @@ class _ResultDrawing(Drawing):
             axes.set_xlim(min(low, -0.3 * high), max(high, -0.3 * low))
         undecided = dict.fromkeys(pair.verdict for pair in comparison.pairs if not pair.decided)
         kinds = {True: "filled: they differ (verdict)"}
-        kinds[False] = f"open: {', or '.join(WORDS[verdict] for verdict in undecided)}"
+        words = {**WORDS, "none": "no verdict from one seed"}
+        kinds[False] = f"open: {', or '.join(words[verdict] for verdict in undecided)}"
         self.legend(
             figure,
             [
