@@ -181,9 +181,10 @@ def final_report(
     lines = ["", emphasized(title, sys.stdout), *scores]
     lines += published_notes(published, final, names.VALIDATION, schema.dataset)
     history = folder.lines()
-    courses = ((f"{names.VALIDATION}/auc", "validation AUC"), (names.TRAIN_LOSS, "training loss"))
-    facts: list[tuple[str, str | None]] = [(title, _course(history, name)) for name, title in courses]
-    facts += [
+    last = min(final[names.SAMPLES], names.WINDOW_SAMPLES)
+    facts: list[tuple[str, str | None]] = [
+        ("validation AUC", _course(history, f"{names.VALIDATION}/auc")),
+        ("training log loss", _course(history, f"{names.TRAIN}/log_loss", f" (of the last {last:,})")),
         ("parameters", size_words(final[names.PARAMETERS_TABLES], final[names.PARAMETERS_DENSE])),
         ("speed", _speed(final)),
         (
@@ -194,7 +195,7 @@ def final_report(
         ("run folder", str(folder.path)),
         ("W&B", wandb),
     ]
-    lines += ["", *(f"{title:16s}{words}" for title, words in facts if words)]
+    lines += ["", *(f"{title:19s}{words}" for title, words in facts if words)]
     auc, optimum = final.get(f"{names.VALIDATION}/auc"), final.get(names.OPTIMUM_AUC)
     if chance:
         lines += ["", f"did not train: {chance}"]
@@ -315,10 +316,10 @@ def _speed(final: Mapping[str, float]) -> str:
     return speed if wait is None else f"{speed}; {100 * wait:.1f}% of the time waiting for data"
 
 
-def _course(history: Sequence[Mapping[str, float]], name: str) -> str:
-    """Return a sparkline with its first and last value; empty if there are fewer than two values."""
+def _course(history: Sequence[Mapping[str, float]], name: str, of: str = "") -> str:
+    """Return a sparkline, its first and last value and what they are of; empty if there are fewer than two values."""
     values = [line[name] for line in history if line.get(name) is not None]
-    return f"{sparkline(values)}  {values[0]:.4f} to {values[-1]:.4f}" if len(values) > 1 else ""
+    return f"{sparkline(values, 20)}  {values[0]:.4f} to {values[-1]:.4f}{of}" if len(values) > 1 else ""
 
 
 def demo_result(auc: float, optimum: float) -> str:
