@@ -27,7 +27,7 @@ from lightning_dlrm.compare.experiment import (
 from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.options import Split, make_parser
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs
-from lightning_dlrm.compare.ranking import answer, ranked, title_of
+from lightning_dlrm.compare.ranking import answer, ranked, still_improving, title_of
 from lightning_dlrm.compare.report import arms_table, closing_words, page_of, write_report
 from lightning_dlrm.compare.results import check_data, compare
 from lightning_dlrm.compare.runs import Arm, arms_of, read_run
@@ -261,7 +261,11 @@ def _report(
         raise
     html, document = output / "report.html", output / "report.json"
     write_report(comparison, pictures, anatomies, steps, html)
-    found = {"answer": " ".join(answer(comparison)), **comparison.document()}
+    found = {
+        "answer": " ".join(answer(comparison)),
+        "still_improving": [dataclasses.asdict(one) for one in still_improving(comparison)],
+        **comparison.document(),
+    }
     document.write_text(json.dumps(found, indent=1) + "\n")
     print(closing_words(comparison, output))
     return page_of(comparison, pictures, anatomies, steps.shown, [html, document])

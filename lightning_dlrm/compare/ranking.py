@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +17,13 @@ _SHOWN_NAMES = 4
 """Most configurations that a title or a sentence lists by name; of more it gives the number."""
 _MOST_DIGITS = 7
 _ROUNDING = 1e-12
+_LATE_RISE = 0.01
+"""Smallest rise of a validation AUC in the second half of a training that calls the training too short. On large logs,
+where one epoch is the rule, it rises less."""
+_LATE_SHARE = 0.25
+"""Smallest share of the distance to the first configuration for the same: a smaller rise does not change the order."""
+_LONGER = 5
+"""Factor of the longer training that is advised."""
 
 
 def title_of(arms: Sequence[Arm]) -> str:
@@ -150,7 +158,53 @@ def answer(comparison: Comparison) -> tuple[str, str]:
         head, more = "This is not a comparison of models.", _highest(comparison)
     else:
         head, more = _verdict(comparison)
-    return " ".join(filter(None, [failed, head])), " ".join(filter(None, [advice, more, on]))
+    but, longer = _improving_words(comparison)
+    return " ".join(filter(None, [failed, head, but])), " ".join(filter(None, [advice, longer, more, on]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improving:
+    """A configuration that was still improving when its training ended."""
+
+    arm: str
+    rise: float
+    """Rise of its validation AUC in the second half of the training, the mean over its runs."""
+    behind: float
+    """Distance of its AUC from that of the first configuration."""
+
+
+def still_improving(comparison: Comparison) -> list[Improving]:
+    """Return the configurations that are surely behind the first, but were still improving by a large part of the
+    distance, so that a longer training may change the order."""
+    if comparison.warnings:
+        return []
+    first, *others = ranked(comparison)
+    found = []
+    for arm in others:
+        interval, rise = pair_of(comparison, first, arm).interval, arm.late_rise
+        trained = len(comparison.random_runs(arm)) < len(arm.runs)
+        least = max(_LATE_RISE, _LATE_SHARE * interval.value)
+        if trained and interval.low > 0 and rise is not None and rise >= least:
+            found.append(Improving(arm=arm.name, rise=rise, behind=interval.value))
+    return found
+
+
+def _improving_words(comparison: Comparison) -> tuple[str, str]:
+    """Return which configurations were still improving, and what that means; empty if none was."""
+    found = still_improving(comparison)
+    if not found:
+        return "", ""
+    first, arms = ranked(comparison)[0], [arm for arm in comparison.arms if arm.name in {one.arm for one in found}]
+    listed = _joined([one.arm for one in found])
+    was, its = ("was", "its") if len(found) == 1 else ("were", "their")
+    rises = _joined([f"{one.rise:.3f} for {one.arm}, which is {one.behind:.3f} behind" for one in found])
+    epochs = max(arm.settings.get("trainer.max_epochs") or -1 for arm in arms)
+    how = f", such as with --trainer.max_epochs {_LONGER * epochs}" if epochs > 0 else ""
+    where = f"{' and' if how else ', with'} another --output" if comparison.experiment else ""
+    return f"But {listed} {was} still improving when {its} training ended.", (
+        f"In the second half of the training the validation AUC rose by {rises}. Before you believe that {first.name} "
+        f"is better, train all configurations longer{how}{where}."
+    )
 
 
 def _untrained(comparison: Comparison) -> tuple[str, str]:

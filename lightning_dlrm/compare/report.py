@@ -15,7 +15,7 @@ from lightning_dlrm.compare.drawing import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.experiment import PlannedArm
 from lightning_dlrm.compare.numbers import in_column, p_text
 from lightning_dlrm.compare.pairs import METRIC_TITLES, Pair
-from lightning_dlrm.compare.ranking import answer, behind, distances, pair_of, ranked, with_spread
+from lightning_dlrm.compare.ranking import answer, behind, distances, pair_of, ranked, still_improving, with_spread
 from lightning_dlrm.compare.results import CLICK_RATE_ALONE, Comparison, sample_counts
 from lightning_dlrm.compare.runs import Arm, by_data
 from lightning_dlrm.compare.settings_tables import differing_rows, settings_of_runs, shared_rows
@@ -90,7 +90,7 @@ def _ranking(comparison: Comparison) -> list[list[str]]:
 
 
 def _verdict_on(comparison: Comparison, arm: Arm, pair: Pair | None) -> str:
-    """Return the verdict on a configuration against the first, with its adjusted p, and whether it trained."""
+    """Return the verdict on a configuration against the first, with its adjusted p, and whether it trained enough."""
     random = len(comparison.random_runs(arm))
     if random == len(arm.runs):
         return "did not train"
@@ -99,7 +99,8 @@ def _verdict_on(comparison: Comparison, arm: Arm, pair: Pair | None) -> str:
         verdict = "worse" if pair.decided else pair.word
         verdict += f" (p {p_text(pair.p_adjusted)})" * (not pair.single)
     failed = f"{random} of {len(arm.runs)} seeds did not train" if random else ""
-    return "; ".join(filter(None, [verdict, failed]))
+    improving = "still improving" if arm.name in {one.arm for one in still_improving(comparison)} else ""
+    return "; ".join(filter(None, [verdict, failed, improving]))
 
 
 def _overlapping(comparison: Comparison) -> bool:

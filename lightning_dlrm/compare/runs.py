@@ -95,6 +95,17 @@ class Run:
         ]
         return [x for x, _ in points], [y for _, y in points]
 
+    @property
+    def late_rise(self) -> float | None:
+        """How much the best validation AUC so far rose in the second half of the training; None without a validation
+        in the middle third of it."""
+        samples, aucs = self.curve(names.SAMPLES, f"{names.VALIDATION}/auc")
+        total = self.final[names.SAMPLES]
+        nearest = min(range(len(samples)), key=lambda i: abs(samples[i] - total / 2), default=None)
+        if nearest is None or abs(samples[nearest] - total / 2) > total / 6:
+            return None
+        return max(aucs) - max(aucs[: nearest + 1])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -121,6 +132,12 @@ class Arm:
         run = self.runs[0]
         found = json.dumps(run.config.get("published") or [])
         return parse_json(found, list[PublishedScore], f"published in {run.path / CONFIG}", "correct it there")
+
+    @property
+    def late_rise(self) -> float | None:
+        """The mean of ``Run.late_rise``; None if a run has none."""
+        rises = [run.late_rise for run in self.runs]
+        return None if None in rises else float(np.mean(rises))  # type: ignore[arg-type]
 
     def median(self, name: str) -> float:
         """Return the median over the runs of a number at their end; NaN if one of them lacks it."""

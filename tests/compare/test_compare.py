@@ -43,7 +43,7 @@ from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, p
 from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.options import make_parser
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, scored_share, trained_samples
-from lightning_dlrm.compare.ranking import answer, distance, is_figure5, title_of
+from lightning_dlrm.compare.ranking import answer, distance, is_figure5, still_improving, title_of
 from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import Arm, arms_of, data_differences, format_value, read_run, settings_of
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_samples
@@ -250,7 +250,7 @@ def leave_run(arm: PlannedArm, seed: int, output: Path, skill: float) -> Path:
     schema = data.schema
     lines = [
         {"step": k, "samples": 200 * k, "train/accuracy": 0.7, "train/auc": 0.5 + k / 50, "train/log_loss": 0.6,
-         "validation/accuracy": 0.7, "validation/auc": 0.5 + k / 50, "validation/log_loss": 0.6,
+         "validation/accuracy": 0.7, "validation/auc": min(0.7, 0.6 + k / 50), "validation/log_loss": 0.6,
          "speed/training_s": 0.1 * k}
         for k in range(1, 11)
     ]  # fmt: skip
@@ -289,7 +289,7 @@ def test_finished_runs_give_a_report(monkeypatch: pytest.MonkeyPatch, capsys: py
 
     document = json.loads((output / "report.json").read_text())
     assert (
-        set(document) == {"answer", "click_rate_alone", "runs", "arms", "pairs", "adjustment"}
+        set(document) == {"answer", "still_improving", "click_rate_alone", "runs", "arms", "pairs", "adjustment"}
         and document["adjustment"] == "holm"
     )
     assert [(run["arm"], run["seed"]) for run in document["runs"]] == [
@@ -432,6 +432,65 @@ def test_all_seeds_that_did_not_train_are_named() -> None:
     scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
     said = " ".join(answer(compare(arms_of(runs), scores, title="t", split="test")))
     assert "DCN did not train with seeds 1, 2, 3, 4 and 5: AUC no better than random; its mean includes them." in said
+
+
+def rising(path: Path, middle: float, last: float) -> Path:
+    """A run folder whose validation AUC has these values from the middle of the training on, and at its end."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["validation/auc"] = last if line["step"] == 10 else min(middle, 0.5 + line["step"] / 50)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_configuration_that_was_still_improving_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lightning_dlrm.compare.command.draw_all", lambda *found: [])
+    dlrm, dcn = plain_arms()
+    paths = [leave_run(dlrm, s, Path("out"), 2.0) for s in (1, 2, 3)]
+    paths += [rising(leave_run(dcn, s, Path("out"), 1.0), 0.55, 0.7) for s in (1, 2, 3)]
+    assert main(["compare", *map(str, paths), "--output", "out"]) == 0
+    said, html = " ".join(capsys.readouterr().out.split()), " ".join(Path("out/report.html").read_text().split())
+    document = json.loads(Path("out/report.json").read_text())
+    for text in (said, html, document["answer"]):
+        assert "But DCN was still improving when its training ended." in text and "DLRM wins" in text
+    assert re.search(
+        r"In the second half of the training the validation AUC rose by 0\.150 for DCN, which is 0\.\d{3} behind\. "
+        r"Before you believe that DLRM is better, train all configurations longer, such as with "
+        r"--trainer\.max_epochs 5\.",
+        document["answer"],
+    )
+    assert [(one["arm"], one["rise"]) for one in document["still_improving"]] == [("DCN", pytest.approx(0.15))]
+    assert re.search(r'data-name="verdict">worse \(p [^<]*\); still improving</td>', html)
+
+
+@pytest.mark.parametrize(
+    ("middle", "last", "lead"),
+    [
+        pytest.param(0.58, 0.589, 2.0, id="a rise as on large logs, where one epoch is the rule"),
+        pytest.param(0.58, 0.61, 3.0, id="a rise that is small beside the distance"),
+        pytest.param(0.58, 0.57, 2.0, id="a fall"),
+        pytest.param(0.58, 0.70, 1.0, id="no winner"),
+    ],
+)
+def test_a_rise_that_does_not_endanger_the_verdict_is_not_mentioned(middle: float, last: float, lead: float) -> None:
+    dlrm, dcn = plain_arms()
+    paths = [leave_run(dlrm, s, Path("out"), lead) for s in (1, 2, 3)]
+    paths += [rising(leave_run(dcn, s, Path("out"), 1.0), middle, last) for s in (1, 2, 3)]
+    runs = [read_run(path) for path in paths]
+    samples = shared_samples(runs, "test")
+    scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
+    assert not still_improving(compare(arms_of(runs), scores, title="t", split="test"))
+
+
+def test_the_second_half_needs_a_validation_near_the_middle_of_the_training() -> None:
+    dlrm, _ = plain_arms()
+    run = read_run(rising(leave_run(dlrm, 1, Path("out"), 2.0), 0.55, 0.7))
+    assert run.late_rise == pytest.approx(0.15)
+    for steps, rise in (((2, 7, 10), None), ((2, 6, 10), 0.15), ((10,), None), ((), None)):
+        found = dataclasses.replace(run, history=[line for line in run.history if line["step"] in steps])
+        assert found.late_rise == (rise and pytest.approx(rise))
 
 
 def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
