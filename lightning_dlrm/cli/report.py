@@ -184,7 +184,7 @@ def final_report(
     last = min(final[names.SAMPLES], names.WINDOW_SAMPLES)
     facts: list[tuple[str, str | None]] = [
         ("validation AUC", _course(history, f"{names.VALIDATION}/auc")),
-        ("training log loss", _course(history, f"{names.TRAIN}/log_loss", f" (of the last {last:,})")),
+        ("training log loss", _course(history, f"{names.TRAIN}/log_loss", f" (last {last:,} samples)")),
         ("parameters", size_words(final[names.PARAMETERS_TABLES], final[names.PARAMETERS_DENSE])),
         ("speed", _speed(final)),
         (

@@ -12,14 +12,17 @@ from lightning_dlrm.compare.results import Comparison, sample_counts
 from lightning_dlrm.compare.runs import Arm, by_data
 from lightning_dlrm.compare.statistics import Interval, Metric, Score
 from lightning_dlrm.contracts.errors import joined
+from lightning_dlrm.tracking import names
 
 _SHOWN_NAMES = 4
 """Most configurations that a title or a sentence lists by name; of more it gives the number."""
 _MOST_DIGITS = 7
 _ROUNDING = 1e-12
+_FEW_STEPS = 1000
+"""Steps from which on a training is not called too short: one epoch of a larger log, where an AUC rises because more
+samples are seen, and rises in all configurations."""
 _LATE_RISE = 0.01
-"""Smallest rise of a validation AUC in the second half of a training that calls the training too short. On large logs,
-where one epoch is the rule, it rises less."""
+"""Smallest rise of a validation AUC in the second half of a training that calls the training too short."""
 _LATE_SHARE = 0.25
 """Smallest share of the distance to the first configuration for the same: a smaller rise does not change the order."""
 _LONGER = 5
@@ -174,17 +177,17 @@ class Improving:
 
 
 def still_improving(comparison: Comparison) -> list[Improving]:
-    """Return the configurations that are surely behind the first, but were still improving by a large part of the
-    distance, so that a longer training may change the order."""
+    """Return the configurations of few steps that are surely behind the first, but were still improving by a large part
+    of the distance, so that a longer training may change the order."""
     if comparison.warnings:
         return []
     first, *others = ranked(comparison)
     found = []
     for arm in others:
         interval, rise = pair_of(comparison, first, arm).interval, arm.late_rise
-        trained = len(comparison.random_runs(arm)) < len(arm.runs)
+        trained, steps = len(comparison.random_runs(arm)) < len(arm.runs), arm.span(names.STEP)[1]
         least = max(_LATE_RISE, _LATE_SHARE * interval.value)
-        if trained and interval.low > 0 and rise is not None and rise >= least:
+        if trained and steps < _FEW_STEPS and interval.low > 0 and rise is not None and rise >= least:
             found.append(Improving(arm=arm.name, rise=rise, behind=interval.value))
     return found
 
@@ -195,9 +198,9 @@ def _improving_words(comparison: Comparison) -> tuple[str, str]:
     if not found:
         return "", ""
     first, arms = ranked(comparison)[0], [arm for arm in comparison.arms if arm.name in {one.arm for one in found}]
-    listed = _joined([one.arm for one in found])
+    listed = joined([one.arm for one in found])
     was, its = ("was", "its") if len(found) == 1 else ("were", "their")
-    rises = _joined([f"{one.rise:.3f} for {one.arm}, which is {one.behind:.3f} behind" for one in found])
+    rises = joined([f"{one.rise:.3f} for {one.arm}, which is {one.behind:.3f} behind" for one in found])
     epochs = max(arm.settings.get("trainer.max_epochs") or -1 for arm in arms)
     how = f", such as with --trainer.max_epochs {_LONGER * epochs}" if epochs > 0 else ""
     where = f"{' and' if how else ', with'} another --output" if comparison.experiment else ""

@@ -144,7 +144,7 @@ def test_demo_fit_as_a_process_says_what_it_is() -> None:
     assert "\nvalidation at step 4: AUC" in done.stderr and "(highest AUC so far)" not in done.stderr
     assert "\n\n" not in done.stderr and "DLRM on demo data, batch " in done.stderr
     assert told["parameters"][1] == f"{final['parameters/total']:,}" and told["run folder"][-1] == "run"
-    assert "training loss" not in told, "a single point has no course"
+    assert "training log loss" not in told, "a single point has no course"
     assert "compare run OTHER_RUN" in done.stdout
     next_command = next(line for line in done.stdout.splitlines() if "lightning_dlrm test" in line)
     assert main([*next_command.split()[3:], "--wandb.mode", "disabled"]) == 0

@@ -466,19 +466,23 @@ def test_a_configuration_that_was_still_improving_is_named(
 
 
 @pytest.mark.parametrize(
-    ("middle", "last", "lead"),
+    ("middle", "last", "lead", "steps"),
     [
-        pytest.param(0.58, 0.589, 2.0, id="a rise as on large logs, where one epoch is the rule"),
-        pytest.param(0.58, 0.61, 3.0, id="a rise that is small beside the distance"),
-        pytest.param(0.58, 0.57, 2.0, id="a fall"),
-        pytest.param(0.58, 0.70, 1.0, id="no winner"),
+        pytest.param(0.58, 0.589, 2.0, 10, id="a rise that is small"),
+        pytest.param(0.58, 0.61, 3.0, 10, id="a rise that is small beside the distance"),
+        pytest.param(0.58, 0.57, 2.0, 10, id="a fall"),
+        pytest.param(0.58, 0.70, 1.0, 10, id="no winner"),
+        pytest.param(0.55, 0.70, 2.0, 2_048, id="one epoch of a larger log"),
     ],
 )
-def test_a_rise_that_does_not_endanger_the_verdict_is_not_mentioned(middle: float, last: float, lead: float) -> None:
+def test_a_rise_that_does_not_endanger_the_verdict_is_not_mentioned(
+    middle: float, last: float, lead: float, steps: int
+) -> None:
     dlrm, dcn = plain_arms()
     paths = [leave_run(dlrm, s, Path("out"), lead) for s in (1, 2, 3)]
     paths += [rising(leave_run(dcn, s, Path("out"), 1.0), middle, last) for s in (1, 2, 3)]
     runs = [read_run(path) for path in paths]
+    runs = [dataclasses.replace(run, final={**run.final, "step": steps}) for run in runs]
     samples = shared_samples(runs, "test")
     scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
     assert not still_improving(compare(arms_of(runs), scores, title="t", split="test"))
