@@ -198,9 +198,9 @@ def _improving_words(comparison: Comparison) -> tuple[str, str]:
     if not found:
         return "", ""
     first, arms = ranked(comparison)[0], [arm for arm in comparison.arms if arm.name in {one.arm for one in found}]
-    listed = joined([one.arm for one in found])
+    listed = joined([one.arm for one in found], "and")
     was, its = ("was", "its") if len(found) == 1 else ("were", "their")
-    rises = joined([f"{one.rise:.3f} for {one.arm}, which is {one.behind:.3f} behind" for one in found])
+    rises = joined([f"{one.rise:.3f} for {one.arm}, which is {one.behind:.3f} behind" for one in found], "and")
     epochs = max(arm.settings.get("trainer.max_epochs") or -1 for arm in arms)
     how = f", such as with --trainer.max_epochs {_LONGER * epochs}" if epochs > 0 else ""
     where = f"{' and' if how else ', with'} another --output" if comparison.experiment else ""
