@@ -131,8 +131,10 @@ class CommandParser(LightningArgumentParser):
             root: BaseException = error
             while root.__cause__ is not None:
                 root = root.__cause__
+            if isinstance(root, UserError):
+                raise root from None
             refused = re.search(r"Problem with given class_path '([\w.]+)':\n\s*(.*)", str(error))
-            if refused is None or isinstance(root, UserError) or place_in_own_code(root) is not None:
+            if refused is None or place_in_own_code(root) is not None:
                 raise
             raise UserError(f"{refused[1]}: {refused[2]}") from error
 

@@ -188,7 +188,7 @@ def test_a_wrong_experiment_is_one_line(changes: Any, message: str, capsys: pyte
         (["--config", "small.yaml", "--output", "out"], "none of the --config files name arms"),
         (
             ["--config", "tiny.yaml", "--output", "out", "--data.pth", "x"],
-            "unknown key data.pth; did you mean data.path?",
+            "unknown option --data.pth; did you mean --data.path?",
         ),
         (["--config", "tiny.yaml", "--output", "out", "--seeds", "1,x"], "expected whole numbers"),
         (["--config", "tiny.yaml", "--output", "out", "--parallel", "0"], "1 or more"),
