@@ -10,6 +10,7 @@ import importlib
 import inspect
 import io
 import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 from docstring_parser import parse_from_object
+
+DOCS = Path(__file__).resolve().parent
+# The packages of this checkout, not of the one that is installed.
+sys.path.insert(0, str(DOCS.parent))
 
 import lightning_dlrm
 from lightning_dlrm import __main__ as entry
@@ -30,7 +35,6 @@ from lightning_dlrm.models.baselines import MLP
 from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
 from lightning_dlrm.tables.embeddings import MixedDimensions, QuotientRemainder
 
-DOCS = Path(__file__).parent
 OURS = {
     "ckpt_path": "fit: the checkpoint to continue from: a folder, from which a new run starts, or `best` or `last`, "
     "from which the run in --run_dir continues; other commands: the checkpoint to score, in the same forms",

@@ -6,6 +6,9 @@ cut. ``test_own_data`` and ``test_own_model`` run the blocks of these two pages.
 
 import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,16 @@ def test_every_link_leads_somewhere() -> None:
             if not target.exists() or (anchor and anchor not in anchors_of(target.read_text())):
                 dead.append(f"{name_of(page)}: {link}")
     assert not dead
+
+
+def test_the_reference_is_that_of_the_checkout_of_its_script(tmp_path: Path) -> None:
+    """The installed package may be that of another checkout."""
+    for name in ("docs", "lightning_dlrm"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lightning_dlrm" / "__init__.py").write_text("raise SystemExit('this checkout')")
+    script = shutil.copy(DOCS / "reference.py", tmp_path / "docs")
+    ran = subprocess.run([sys.executable, script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert ran.stderr.strip() == "this checkout"
 
 
 def test_every_page_is_reached_from_the_index_and_says_what_it_is_for() -> None:
