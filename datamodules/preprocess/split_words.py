@@ -11,7 +11,7 @@ from datamodules.preprocess.protocols import PROTOCOLS
 from datamodules.preprocess.splits import DAYS
 from lightning_dlrm.contracts.documents import parse_settings
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 
 
 def split_words(schema: DatasetSchema) -> str:
@@ -32,6 +32,8 @@ def split_words(schema: DatasetSchema) -> str:
         return "each split is generated on its own" if schema.protocol in _GENERATED else ""
     files = [str(name) for name, _ in schema.report.get("rows_per_file", ())]
     words = _words(split, files)
+    if split["by"] == "time":
+        words += _real_shares(schema, split["ratios"])
     share = split["negative_sampling_rate"]
     if isinstance(share, float) and share < 1:
         words += f"; {_percent(share)} of the training rows with label 0 are kept, drawn from seed {split['seed']}"
@@ -41,6 +43,8 @@ def split_words(schema: DatasetSchema) -> str:
 _GENERATED = ("demo", "random", "trace")
 _OPTIONS = ("seed", "negative_sampling_rate")
 """Settings of a protocol that belong to its split."""
+_SAME_SHARE = 0.005
+"""Difference of shares of rows that is not worth words."""
 
 
 def schema_of_log(schema: DatasetSchema) -> Mapping[str, Any]:
@@ -67,6 +71,20 @@ def _words(split: Mapping[str, Any], files: Sequence[str]) -> str:
     by = "by the names of the files" if kind == "files" else f"by the values of {column}"
     listed = (f"{name} {', '.join(map(str, values))}" for name, values in given.items() if values)
     return f"{by}: {'; '.join(listed)}"
+
+
+def _real_shares(schema: DatasetSchema, ratios: Sequence[float]) -> str:
+    """Return the shares of the rows in the splits of a split by time if they differ from those of its settings."""
+    rows = sum(count for _, count in schema.report.get("rows_per_file", ()))
+    if not (rows and schema.splits):
+        return ""
+    # Of the training rows, sampling may drop some.
+    held_out = [schema.splits[name].rows / rows if name in schema.splits else 0.0 for name in SPLITS[1:]]
+    shares = [1 - sum(held_out), *held_out]
+    if max(abs(share - ratio) for share, ratio in zip(shares, ratios, strict=True)) < _SAME_SHARE:
+        return ""
+    train, validation, test = (f"{share:.1%}" for share in shares)
+    return f"; rows of equal time stay in one split, so the real shares are {train}, {validation} and {test}"
 
 
 def _days(split: Mapping[str, Any], files: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -22,7 +23,7 @@ from datamodules.preprocess.skew import all_skews
 from datamodules.preprocess.split_words import split_words
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.schema import Column, DatasetSchema, Optimum
+from lightning_dlrm.contracts.schema import Column, DatasetSchema, Optimum, Split
 
 COLUMNS = (
     Column(name="label", role="label"),
@@ -229,6 +230,24 @@ def test_the_split_is_said_in_words(
         dataset=dataset, protocol=protocol, columns=COLUMNS, splits={}, settings=settings, report={"unknown": {"C1": 1}}
     )
     assert split_words(new) == "all rows are test rows, because they are encoded with the vocabulary of another dataset"
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_a_split_by_time_with_equal_times_names_its_real_shares(rate: float) -> None:
+    """Sampling drops training rows, and does not change how rows were split."""
+    split = {"by": "time", "column": "day", "negative_sampling_rate": rate}
+    schema = DatasetSchema(
+        dataset="log",
+        protocol="schema",
+        columns=COLUMNS,
+        splits={"train": Split(rows=int(800 * rate)), "validation": Split(rows=128), "test": Split(rows=72)},
+        settings={"schema": {"split": split}},
+        report={"rows_per_file": [["a", 1000]]},
+    )
+    real = "; rows of equal time stay in one split, so the real shares are 80.0%, 12.8% and 7.2%"
+    assert real in split_words(schema)
+    equal = {"train": Split(rows=int(800 * rate)), "validation": Split(rows=103), "test": Split(rows=97)}
+    assert "real shares" not in split_words(replace(schema, splits=equal))
 
 
 def test_what_is_suspicious_is_said(tmp_path: Path) -> None:
