@@ -92,19 +92,23 @@ def render_report(schema: DatasetSchema, stages: Sequence[StageTime], width: int
 
 def one_label_warnings(schema: DatasetSchema) -> list[str]:
     """Return a line for each split whose rows all have the same label."""
+    own_split = "unknown" not in schema.report and "schema" in schema.settings
+    remedy = "give rows with both labels" + (", or change split in the schema" if own_split else "")
+    if schema.report.get("bad_rows"):
+        remedy += "; bad_rows.tsv lists the rows that were left out"
     return [
-        f"all {split.rows:,} rows of the {name} split have the label {int(split.positives == split.rows)}: a model can "
-        "learn nothing from it, and its AUC is undefined; give rows with both labels, and check the rows that were "
-        "skipped"
+        f"all {split.rows:,} rows of the {name} split have the label {int(split.positives == split.rows)}, so "
+        f"{'a model can learn nothing from them' if name == 'train' else 'their AUC is undefined'}: {remedy}"
         for name, split in schema.splits.items()
         if split.rows and split.positives in (0, split.rows)
     ]
 
 
 def threshold_warnings(schema: DatasetSchema) -> list[str]:
-    """Return a line for each table that min_count or max_rows left without a value of its own."""
+    """Return a line for each table that min_count left without a value of its own."""
     return [
-        f"none of the {values:,} values of {name} has a row of its own: lower its min_count, or leave the column out"
+        f"all {values:,} values of {name} are rarer than min_count, so they share one row of the table: lower "
+        "min_count, or leave the column out (role: leave)"
         for name, values in schema.report.get("distinct", {}).items()
         if values and schema.report.get("kept", {}).get(name) == 0
     ]
@@ -120,7 +124,8 @@ def empty_feature_warnings(schema: DatasetSchema) -> list[str]:
     """Return a line if features have no value in any row."""
     rows = sum(count for _, count in schema.report["rows_per_file"])
     empty = [name for name, missing in schema.report["missing"].items() if rows and missing == rows]
-    return [f"no row has a value of {', '.join(empty)}: give more input, or leave it out (role leave)"] if empty else []
+    advice = "check the files, or leave the column out (role: leave)"
+    return [f"no row has a value of {', '.join(empty)}: {advice}"] if empty else []
 
 
 def large_number_warnings(schema: DatasetSchema) -> list[str]:
@@ -133,8 +138,8 @@ def large_number_warnings(schema: DatasetSchema) -> list[str]:
 def rounded_number_warnings(schema: DatasetSchema) -> list[str]:
     """Return a line if dense columns have whole numbers that are rounded."""
     names = ", ".join(schema.report.get(ROUNDED, ()))
-    found = f"whole numbers above 16,777,216 (2^24) in {names}: dense columns are float32 and keep about 7 digits"
-    advice = "give ids role: categorical, and times role: keep with time; amounts may stay dense"
+    found = f"whole numbers above 16,777,216 in {names}: dense columns keep about 7 digits (float32)"
+    advice = "if they are ids, set role: categorical; if they are times, role: keep; amounts may stay dense"
     return [f"{found}; {advice}"] if names else []
 
 

@@ -102,7 +102,7 @@ def test_columns_of_large_numbers_or_without_values_draw_a_warning(
     assert main([*command, "data", "--schema", "s.yaml"]) == 0
     said = capsys.readouterr().err.splitlines()
     largest = max(float(row["wide"] or 0) for row in rows)
-    assert "warning: no row has a value of gap: give more input, or leave it out (role leave)" in said
+    assert "warning: no row has a value of gap: check the files, or leave the column out (role: leave)" in said
     large = f"wide (up to {largest:,.6g}), year (up to 2,019)"
     assert said[-1] == (
         f"warning: large numbers in {large}: models such as DCN train badly on them; set transform: standard in the "
@@ -132,8 +132,8 @@ def test_whole_numbers_that_float32_rounds_draw_a_warning(
     command = ["preprocess", "--input", "log.csv", "--workers", "1", "--output", "data", "--schema", "s.yaml"]
     assert main(command) == 0
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "warning: whole numbers above 16,777,216 (2^24) in id: dense columns are float32 and keep about 7 digits; give "
-        "ids role: categorical, and times role: keep with time; amounts may stay dense"
+        "warning: whole numbers above 16,777,216 in id: dense columns keep about 7 digits (float32); if they are ids, "
+        "set role: categorical; if they are times, role: keep; amounts may stay dense"
     )
 
 
