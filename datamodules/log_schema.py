@@ -15,12 +15,20 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from datamodules.log_settings import ColumnRole, LogColumn, LogSplit, Missing, MlperfBags, check_limits
+from datamodules.log_settings import (
+    ColumnRole,
+    LogColumn,
+    LogSplit,
+    Missing,
+    MlperfBags,
+    SplitKind,
+    check_limits,
+)
 from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
 from lightning_dlrm.contracts.errors import UserError, listed, nearest, nearest_first, require
 from lightning_dlrm.contracts.schema import (
@@ -40,7 +48,16 @@ LABEL = CRITEO_LABEL
 _CONDITION = re.compile(r"(?P<column>.+?)\s*(?P<operator>>=|<=|==|!=|>|<)\s*(?P<value>.+)", re.DOTALL)
 _NO_CONDITION = re.compile(r"(?P<column>.+?)\s*(?P<operator>=>|=<|<>|=(?!=))\s*(?P<value>.+)", re.DOTALL)
 _MEANT = {"=": "==", "=>": ">=", "=<": "<=", "<>": "!="}
-_SEPARATORS = (",", ";", "\t", "|", "::")
+_TO_WRITE = {
+    "dataset": "a name of your choice: 'dataset: ads'",
+    "label": "what the model predicts: a column of 0 and 1, such as 'label: clicked', or a condition, such as "
+    "'label: rating >= 4'",
+    "columns": "the role of each column: 'columns: {user: {role: categorical}, price: {role: dense}}'",
+    "split": "how rows are split: 'split: {by: random}', or 'split: {by: time, column: time}'",
+    "by": f"one of {', '.join(get_args(SplitKind))}: 'split: {{by: random}}'",
+    "role": f"one of {', '.join(get_args(ColumnRole))}: '{{role: categorical}}'",
+}
+"""Key of a schema that cannot be left out, and what to write."""
 _EXPECTED = "expected the schema of a click log: keys such as 'label:' and 'columns:' (see docs/own-data.md)"
 
 
@@ -236,7 +253,6 @@ class LogSchema:
             UserError: the file lacks a column, or has a column that the schema does not name.
         """
         sources = self.sources(names)
-        self._check_separator(list(names), sources, where)
         for name, key in sources.items():
             if name not in names and (labelled or key not in ("label", "split")):
                 raise UserError(
@@ -259,24 +275,6 @@ class LogSchema:
             "ignores a column), or set 'rest: leave'",
         )
 
-    def _check_separator(self, names: Sequence[str], sources: Collection[str], where: str) -> None:
-        """Refuse a first line that another separator would split: into the schema's columns, or into values."""
-        if len(names) != 1 or names[0] in sources:
-            return
-        parts = {one: names[0].split(one) for one in _SEPARATORS}
-        for one, found in parts.items():
-            require(
-                len(set(found) & set(sources)) < 2,
-                f"{where}: the header is one field, {names[0][:80]!r}: is the separator {one!r}? set separator in "
-                "the schema",
-            )
-        one, found = max(parts.items(), key=lambda part: len(part[1]))
-        require(
-            len(found) < 2 or not _seem_values(found),
-            f"{where} has no header: its first line looks like {len(found)} values between {one!r}; set separator in "
-            f"the schema, and give the columns as names: [...]{_if_criteo(found)}",
-        )
-
     def document(self) -> dict[str, Any]:
         """Return the schema as JSON values, without values at their default."""
         return json.loads(json.dumps(_document(self)))
@@ -284,20 +282,21 @@ class LogSchema:
 
 def no_header(names: Collection[str]) -> str:
     """Return a remedy if names of columns look like values, so that the file seems to have no header."""
-    if not _seem_values(names):
+    if not seem_values(names):
         return ""
     return (
         f"; its first line looks like values ({listed(list(map(repr, names))[:4])}, ...): if the file has no header, "
-        f"give the columns as names: [...] in the schema{_if_criteo(names)}"
+        f"give the columns as names: [...] in the schema{if_criteo(names)}"
     )
 
 
-def _seem_values(names: Collection[str]) -> bool:
+def seem_values(names: Collection[str]) -> bool:
+    """Return whether a third of some names of columns look like values."""
     values = [name for name in names if not name or name.replace(".", "", 1).removeprefix("-").isdecimal()]
     return len(values) * 3 >= len(names)
 
 
-def _if_criteo(fields: Collection[str]) -> str:
+def if_criteo(fields: Collection[str]) -> str:
     """Return a remedy for fields that are as many as Criteo's."""
     if len(fields) != 1 + len(CRITEO_DENSE) + len(CRITEO_CATEGORICAL):
         return ""
@@ -389,6 +388,8 @@ def log_schema(content: Mapping[str, Any], where: str = "schema") -> LogSchema:
             if key not in known:
                 keys = nearest_first(str(key), known, "known keys are")
                 raise UserError(f"{where}: {place}unknown key {key}{keys}")
+        for key, words in _TO_WRITE.items() if isinstance(values, Mapping) else ():
+            require(key not in known or values.get(key) is not None, f"{where}: {place}{key} is missing; write {words}")
     return parse_settings(content, LogSchema, where)
 
 

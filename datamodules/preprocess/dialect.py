@@ -9,7 +9,7 @@ from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 _LINES = 200  # of which the separator is found
 
-_SEPARATORS = ("\t", ";", "::", "|", ",")
+SEPARATORS = ("\t", ";", "::", "|", ",")
 """In the order in which they are taken if several split all lines into equally many fields."""
 _SURE_NULLS = ("\\N", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", "N/A", "n/a")
 """Texts that mean a missing value in any column."""
@@ -82,7 +82,7 @@ def find_separator(text: str) -> tuple[str, str | None]:
     # If some rows have other numbers of fields, the message about them names their lines.
     require(
         share > 0.5,
-        f"no separator found: expected one of {', '.join(map(repr, _SEPARATORS))} between fields, equally many in each "
+        f"no separator found: expected one of {', '.join(map(repr, SEPARATORS))} between fields, equally many in each "
         "line",
     )
     return separator, quote
@@ -95,7 +95,7 @@ def _best_separator(text: str, quote: str | None) -> tuple[float, int, str, int]
         The share of rows with the common number of fields, this number, the separator, and the number of rows.
     """
     found: list[tuple[float, int, str, int]] = [(0.0, 0, "", 0)]
-    for separator in _SEPARATORS:
+    for separator in SEPARATORS:
         counts = [len(row) for _, row in fields_of(text, separator, quote)]
         common = max(set(counts), key=counts.count, default=1)
         if common > 1:

@@ -80,9 +80,11 @@ def checked_object(
     except UnicodeDecodeError as error:
         return not_utf8(line[error.start])
     except (ValueError, RecursionError) as error:
-        return f"not JSON ({one_line(error)}); expected one object in each line: {_REMEDY}"
+        remedy = lines_of_json(line) or f": {_REMEDY}"
+        return f"not JSON ({one_line(error)}); expected one object in each line{remedy}"
     if not isinstance(pairs, tuple):
-        return f"not a JSON object; expected one, such as {{...}}, in each line: {_REMEDY}"
+        remedy = lines_of_json(line) or f": {_REMEDY}"
+        return f"not a JSON object; expected one, such as {{...}}, in each line{remedy}"
     row: dict[str, Any] = {}
     for name, value in pairs:
         if name in row:
@@ -109,6 +111,14 @@ def checked_object(
         return f"the key {others[0]} is not in the schema; name it, or set rest: leave"
     kinds |= {name: kind for name, kind in found.items() if name not in kinds}
     return row
+
+
+def lines_of_json(line: bytes) -> str:
+    """Return a remedy if a line is part of an array of objects, or of an object of several lines."""
+    start = line.strip().replace(b" ", b"")
+    if start == b"{":
+        return ": make one line of each object, such as with jq -c ."
+    return ": make lines of the array, such as with jq -c '.[]'" if start == b"[" or start[:2] == b"[{" else ""
 
 
 def not_utf8(byte: int | None, remedy: str = SET_ENCODING) -> str:

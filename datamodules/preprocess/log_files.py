@@ -3,35 +3,27 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.log_schema import Format, LogSchema, no_header
+from datamodules.log_schema import LogSchema, no_header
 from datamodules.preprocess.criteo_reader import CriteoReader
 from datamodules.preprocess.criteo_tsv import COLUMNS, starts_of_rows
+from datamodules.preprocess.file_forms import check_separator, format_of, is_parquet
 from datamodules.preprocess.json_lines import checked_object, find_keys, json_type
 from datamodules.preprocess.log_reader import NOT_CLOSED, LogReader, is_utf8, open_parquet
 from datamodules.preprocess.progress import fields_of
 from datamodules.preprocess.quotes import find_quoted
-from datamodules.preprocess.sources import RawFile, check_line_ends
+from datamodules.preprocess.sources import RawFile, check_text
 from datamodules.preprocess.staging import Reader
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 _HEADER_BYTES = 1 << 20  # the longest header
 _SAMPLED_LINES = 1000  # of JSON, for the types of columns
 _BOM = b"\xef\xbb\xbf"
-_PARQUET = b"PAR1"
-_SUFFIXES: Mapping[str, Format] = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-}
 
 
 def open_readers(
@@ -50,7 +42,7 @@ def open_readers(
         UserError: a file's columns are not those of the schema, or it cannot be read, or some files have labels and
             others have not.
     """
-    if schema.format == "criteo" and not _is_parquet(sources[0]):
+    if schema.format == "criteo" and not is_parquet(sources[0]):
         schema.check_columns(COLUMNS, "format criteo", labelled=is_new)
         labelled = is_new or fields_of(sources[0]) != len(COLUMNS) - 1
         return [CriteoReader(labelled=labelled)] * len(sources)
@@ -96,35 +88,21 @@ def _absent_keys(files: Sequence[tuple[RawFile, LogReader]], schema: LogSchema, 
 
 
 def _open_reader(source: RawFile, schema: LogSchema, is_new: bool) -> LogReader:
-    # New rows may have another format than the dataset's. A table in memory is Parquet, even with Criteo's rows.
-    form = (schema.format if is_new and schema.format != "criteo" else None) or _format_of(source, schema.format)
-    if form == "parquet":
+    # A table in memory is Parquet, even with Criteo's rows.
+    start = None if is_parquet(source) else _start(source, schema)
+    form = format_of(source, schema, start, is_new)
+    if start is None:
         with open_parquet(source.path) as file:
             names = tuple(file.schema_arrow.names)
             groups = tuple(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
         reader = LogReader(schema=schema, format=form, labelled=True, names=names, group_rows=groups)
     else:
-        start = _start(source, schema)
-        require(start.removeprefix(_BOM).strip(), f"{source.path} is empty; give files with rows")
-        reader = _json_reader(source, schema, start) if form == "jsonl" else _csv_reader(source, schema, start)
+        reader = _json_reader(source, schema, start) if form == "jsonl" else _csv_reader(source, schema, start, is_new)
     twice = next((name for name in reader.names if reader.names.count(name) > 1), None)
     found = "seems to have no header" if no_header(reader.names) else f"has two columns named {twice!r}"
     remedy = no_header(reader.names) or "; rename one of them"
     require(twice is None, f"{source.path} {found}{remedy}")
     return reader
-
-
-def _is_parquet(source: RawFile) -> bool:
-    return source.read(0, len(_PARQUET)) == _PARQUET
-
-
-def _format_of(source: RawFile, default: Format | None) -> Format:
-    """Return the format of a file by its first bytes and its name."""
-    if _is_parquet(source):
-        return "parquet"
-    stem = Path(source.name)
-    stem = stem.with_suffix("") if stem.suffix in (".gz", ".zst") else stem
-    return _SUFFIXES.get(stem.suffix, default or "csv")
 
 
 def _foreign(schema: LogSchema) -> str | None:
@@ -146,22 +124,29 @@ def _readable(source: RawFile) -> Iterator[None]:
 
 
 def _start(source: RawFile, schema: LogSchema) -> bytes:
-    """Return the beginning of a text file in UTF-8, and whole lines of it unless they are very long."""
+    """Return the beginning of a text file in UTF-8, and whole lines of it unless they are very long.
+
+    Raises:
+        UserError: it is empty, or not text.
+    """
     with source.text(_foreign(schema)) as text, _readable(source):
         start = text.read(_HEADER_BYTES)
+    require(start.removeprefix(_BOM).strip(), f"{source.path} is empty; give files with rows")
+    check_text(source.path, start)
     return start if len(start) < _HEADER_BYTES else start[: start.rfind(b"\n") + 1] or start
 
 
-def _csv_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
+def _csv_reader(source: RawFile, schema: LogSchema, start: bytes, is_new: bool) -> LogReader:
     separator = schema.separator or ("\t" if ".tsv" in Path(source.name).suffixes else ",")
     bom = len(_BOM) if start.startswith(_BOM) else 0
     reader = LogReader(
         schema=schema, format="csv", labelled=True, names=schema.names, separator=separator, header_bytes=bom
     )
-    if schema.names:
-        return reader
     end = start.find(b"\n")
-    check_line_ends(source.path, start)
+    if schema.names:
+        first = start[bom : end if end >= 0 else None].decode(errors="replace").rstrip("\r")
+        check_separator(source.path, first, schema, separator, is_new)
+        return reader
     try:
         start[bom : end if end >= 0 else None].decode()
     except UnicodeDecodeError as error:
@@ -181,6 +166,7 @@ def _csv_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
     header = rows[:length]
     lines = header.count(b"\n")
     text = header.decode(errors="replace").strip("\r\n")
+    check_separator(source.path, text, schema, separator, is_new)
     if quote is None:
         names = text.split(separator)
     else:

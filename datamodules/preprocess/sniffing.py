@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from datamodules.folder import consistent, failures_as_user_errors, file_system, is_remote
 from datamodules.log_schema import Format
 from datamodules.preprocess.dialect import decimal_of, fields_of, find_separator, has_header, nulls_of
-from datamodules.preprocess.sources import RawFile, check_line_ends, find_files
+from datamodules.preprocess.json_lines import lines_of_json
+from datamodules.preprocess.sources import RawFile, check_no_nulls, check_text, find_files
 from lightning_dlrm.contracts.documents import printable
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
@@ -93,7 +94,9 @@ def read_sample(paths: Sequence[str], names: Sequence[str] | None = None) -> Sam
     files = find_files(_spread(paths, _MOST_FILES), of_criteo=False)
     pieces = [piece for file in files for piece in _pieces(file, _SAMPLE_BYTES // len(files))]
     require(any(piece.text.strip() for piece in pieces), f"{paths[0]} is empty; give files with rows")
-    check_line_ends(paths[0], pieces[0].text)
+    for piece in pieces:
+        if piece.at_start:
+            check_text(piece.path, piece.text)
     share = sum(len(piece.text) for piece in pieces) / max(_total_bytes(paths, files, pieces), 1)
     if pieces[0].text.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] in (b"{", b"["):
         require(names is None, "--columns names the columns of text without a header; JSON has names")
@@ -163,14 +166,7 @@ def _encoding(pieces: Sequence[_Piece]) -> str:
         if start.startswith(mark):
             return name
     for piece in pieces:
-        require(
-            b"\0" not in piece.text or not piece.path.endswith(".parquet"),
-            f"{piece.path} is not a Parquet file, which begins and ends with PAR1; write it again",
-        )
-        require(
-            b"\0" not in piece.text,
-            f"{piece.path} has null bytes; expected text: if it is UTF-16, write it with a byte order mark",
-        )
+        check_no_nulls(piece.path, piece.text)
     for name in ("utf-8", "cp1252"):
         try:
             for piece in pieces:
@@ -207,10 +203,12 @@ def _json_columns(pieces: Sequence[_Piece]) -> tuple[Form, dict[str, list[Value]
             except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{where} is not JSON ({one_line(error)}); expected one JSON object in each line"
+                    f"{lines_of_json(line.encode())}"
                 ) from error
             require(
                 isinstance(row, dict),
-                f"{where} is not a JSON object; expected one object, such as {{...}}, in each line",
+                f"{where} is not a JSON object; expected one object, such as {{...}}, in each line"
+                f"{lines_of_json(line.encode())}",
             )
             for name, value in row.items():
                 columns.setdefault(name, [None] * rows).append(None if value == "" else value)

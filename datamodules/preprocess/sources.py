@@ -19,9 +19,12 @@ from lightning_dlrm.contracts.errors import UserError, one_line, require
 Compression = Literal["none", "gzip", "zstd"]
 
 _MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_TAR, _TAR_AT = b"ustar", 257
 _FOREIGN = {
     b"PAR1": "a Parquet file",
     b"PK\x03\x04": "a zip archive",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook",
+    b"SQLite format 3": "an SQLite database",
     b"BZh": "compressed by bzip2",
     b"\xfd7zXZ": "compressed by xz",
     b"\x89HDF": "an HDF5 file",
@@ -34,8 +37,16 @@ _FOREIGN = {
 """First bytes of files that are often given instead of raw text."""
 _OF_LOGS = ("a Parquet file", "text with a byte order mark", "text in UTF-16")
 """Formats of ``_FOREIGN`` that the schema of a log can read."""
+_REMEDIES = {
+    "a zip archive": "unpack it",
+    "compressed by bzip2": "unpack it: bunzip2",
+    "compressed by xz": "unpack it: unxz",
+    "an Excel workbook": "save its sheet as CSV",
+    "an SQLite database": "export its table as CSV",
+}
+"""What to do with files of ``_FOREIGN``, if it is not to convert them."""
 _CRITEO_REMEDY = "convert it to text, or use a schema without 'format: criteo'"
-_FIRST_BYTES = 8
+_FIRST_BYTES = 16
 _SUFFIX: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _NAMES = {"gzip": "gzip", "zstd": "Zstandard"}
 _PIECE = 1 << 20
@@ -227,13 +238,21 @@ def _find_remote(path: str, of_criteo: bool) -> RawFile:
     )
 
 
+def _foreign(start: bytes) -> str | None:
+    """Return what a file is by its first bytes; None for other text, and for what can be read compressed."""
+    return next((words for magic, words in _FOREIGN.items() if start.startswith(magic)), None)
+
+
 def _compression(path: str, start: bytes, of_criteo: bool) -> Compression:
-    foreign = next((words for magic, words in _FOREIGN.items() if start.startswith(magic)), None)
+    foreign = _foreign(start)
+    if foreign == "a zip archive" and Path(path).suffix in (".xlsx", ".xlsm"):
+        foreign = "an Excel workbook"
     if of_criteo:
         expected_form, remedy = "raw Criteo text, plain, gzip or Zstandard", _CRITEO_REMEDY
     else:
         foreign = None if foreign in _OF_LOGS else foreign
-        expected_form, remedy = "CSV or JSON lines, plain, gzip or Zstandard, or Parquet", "convert it"
+        expected_form = "CSV or JSON lines, plain, gzip or Zstandard, or Parquet"
+        remedy = _REMEDIES.get(foreign or "", "convert it")
     require(foreign is None, f"{path} is {foreign}; expected {expected_form}: {remedy}")
     found: Compression = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "none")
     expected = _SUFFIX.get(Path(path).suffix, "none")
@@ -255,12 +274,36 @@ def _named(path: str) -> Iterator[None]:
             raise UserError(f"{path} does not exist; check the path, or download the file") from error
 
 
-def check_line_ends(path: str, start: bytes) -> None:
-    """
+def check_text(path: str, start: bytes) -> None:
+    """Check that the beginning of an uncompressed file is that of text with line feeds.
+
     Raises:
-        UserError: the beginning of a file of text has carriage returns and no line feed.
+        UserError: it is that of another kind of file, or has null bytes, or carriage returns as line ends.
     """
+    is_tar = start[_TAR_AT : _TAR_AT + len(_TAR)] == _TAR
+    inside = "a tar archive" if is_tar else _foreign(start)
+    require(
+        inside is None or "text" in inside,
+        f"{path} holds {inside}; expected CSV or JSON lines: {'unpack it' if is_tar else 'decompress it once'}",
+    )
+    if inside is None:
+        check_no_nulls(path, start.partition(b"\n")[0])
     require(
         b"\n" in start or b"\r" not in start.rstrip(),
         f"{path} has carriage returns as line ends; make them line feeds: tr '\\r' '\\n'",
+    )
+
+
+def check_no_nulls(path: str, text: bytes) -> None:
+    """
+    Raises:
+        UserError: text has null bytes, which other kinds of files and UTF-16 have.
+    """
+    if b"\0" not in text:
+        return
+    if path.endswith(".parquet"):
+        raise UserError(f"{path} is not a Parquet file, which begins and ends with PAR1; write it again")
+    raise UserError(
+        f"{path} has null bytes; expected text, or a Parquet file: if it is UTF-16, write it with a byte order mark; "
+        "convert another kind of file"
     )

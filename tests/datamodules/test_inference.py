@@ -341,7 +341,7 @@ MISTAKES: list[tuple[str | bytes, str | None, str]] = [
     ),
     ("alone\n1\n0\n", "alone", r"no separator found"),
     ("", "y", r"is empty"),
-    ("y,a\n1,x\n0,z\n".encode("utf-16-be"), "y", r"has null bytes; expected text: if it is UTF-16"),
+    ("y,a\n1,x\n0,z\n".encode("utf-16-be"), "y", r"has null bytes; expected text, or a Parquet file: if it is UTF-16"),
     ("y,a\x1b[31m\n1,x\n0,z\n", "y", r"the column 'a\\x1b\[31m' has control characters"),
     ('{"y": 1, "a": ' + "[" * 9_000 + "]" * 9_000 + "}\n", "y", r"line 1 is not JSON \(maximum recursion"),
     ("y,a\n", "y", r"has no rows"),
@@ -418,7 +418,8 @@ def test_what_a_threshold_leaves_and_what_is_needed_is_told(
     assert main(["preprocess", "--schema", "s.yaml", "--input", "log.csv", "--output", "o", "--workers", "1"]) == 0
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == (
-        "warning: none of the 2 values of a has a row of its own: lower its min_count, or leave the column out"
+        "warning: all 2 values of a are rarer than min_count, so they share one row of the table: lower min_count, or "
+        "leave the column out (role: leave)"
     )
     assert said[0].startswith("about 200 rows: needs about 3.91 KiB of disk (") and said[0].endswith("and 1 s")
 

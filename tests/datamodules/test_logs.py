@@ -451,7 +451,12 @@ MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
      "line 5: t is '1700000000', expected an ISO time such as .*; set 'time: unix' for this column"),
     ("\n".join("\t".join(["0", *["5"] * 13, *["68fd1e64"] * 26]) for _ in range(9)).encode(), {},
      "has no header: its first line looks like 40 values between '\\\\t'; .*give --dataset and --protocol"),
-    (log_of(LINES), {"separator": ";"}, r"header is one field, 'click,u,p,t': is the separator ','"),
+    (log_of(LINES), {"separator": ";"},
+     "has ',' between fields, and the schema's separator is ';': set 'separator: \",\"' in the schema"),
+    (log_of(LINES).replace(b",", b";").replace(b"click;u", b"click;u,v"), {},
+     "has ';' between fields, and the schema names no separator, which means ','"),
+    (log_of(LINES[1:], LINES[0]), {"names": ["click", "u", "p", "t"], "separator": "\t"},
+     "has ',' between fields, and the schema's separator is "),
     (with_line(5, "1,u1,5,2024-01-01,9"), {}, "line 7: 5 fields, expected 4 between ','"),
     (with_line(5, "\n\n1,u1"), {}, "line 9: 2 fields, expected 4"),
     (with_line(5, '1,"u1,5,2024-01-01'), {}, "line 7: a field begins with a quote that no .*quote: null"),
@@ -501,8 +506,7 @@ MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of(LINES), {"split": {"by": "files", "train": ["other*"]}}, "belongs to no split; name it"),
     (log_of(LINES), {"columns": {"u": {"role": "multi_hot"}, "p": {"role": "leave"}, "t": {"role": "leave"}}},
      "line 2: u holds single values; give the separator"),
-    (log_of(LINES), {"format": "parquet"}, "is not a Parquet file"),
-    (log_of(LINES), {"format": "jsonl"}, "line 1: not JSON"),
+    (b"to do\n" * 20, {"format": "jsonl"}, "line 1: not JSON"),
     (b"PK\x03\x04....", {}, "is a zip archive; expected CSV"),
 ]  # fmt: skip
 
