@@ -39,7 +39,7 @@ _DEFAULT_BINS: Mapping[str, int] = {"dense": MOST_BINS, "categorical": 30}
 _KEYS_OF_ROLE: Mapping[str, Collection[str]] = {
     "dense": ("transform", "bins", "fill"),
     "categorical": ("type", "transform", "bins", "min_count", "max_rows", "missing"),
-    "multi_hot": ("separator", "weights", "min_count", "max_rows"),
+    "multi_hot": ("separator", "brackets", "weights", "min_count", "max_rows"),
     "keep": ("time",),
     "leave": ("time",),
 }
@@ -84,6 +84,9 @@ class LogColumn:
     """As ``LogSchema.missing``; None for the schema's ``missing``."""
     separator: str | None = None
     """Between the values of a bag, if it is text; None if it is a list."""
+    brackets: bool = False
+    """Whether the text of a bag stands in brackets, such as ``[5, 3]``; spaces and quotes around its values are then
+    left out."""
     weights: str | None = None
     """The log's column with the weights of the bag, in the same form as the bag."""
 
@@ -108,6 +111,7 @@ class LogColumn:
         )
         require(self.fill is None or math.isfinite(self.fill), f"fill is {self.fill}, expected a number")
         require(self.separator != "", "separator is empty; leave it out for a column of lists")
+        require(self.separator or not self.brackets, "brackets needs separator, such as ','; lists need neither")
         check_limits(self.min_count, self.max_rows)
         if self.time is not None and self.time not in ("unix", "unix_ms", "iso"):
             require(

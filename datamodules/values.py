@@ -190,7 +190,9 @@ def label_of(label: Label, text: str, decimal: str = ".") -> int | None:
     return int(_OPERATORS[label.operator](text, label.value)) if label.operator in ("==", "!=") else None
 
 
-def bags(name: str, column: pa.ChunkedArray, separator: str | None) -> tuple[pa.ListArray, np.ndarray]:
+def bags(
+    name: str, column: pa.ChunkedArray, separator: str | None, brackets: bool = False
+) -> tuple[pa.ListArray, np.ndarray]:
     """Return bags of texts, and which items of the column they have.
 
     Null and empty bags are empty; null and empty items are left out.
@@ -199,6 +201,7 @@ def bags(name: str, column: pa.ChunkedArray, separator: str | None) -> tuple[pa.
         name: of the column, for messages.
         column: lists, or texts.
         separator: between the items of a text; None for lists.
+        brackets: whether texts stand in brackets.
 
     Returns:
         list<dictionary<string>> [n], no nulls; bool [items].
@@ -206,7 +209,7 @@ def bags(name: str, column: pa.ChunkedArray, separator: str | None) -> tuple[pa.
     Raises:
         BadValueError: lists are expected and texts found, or the other way round.
     """
-    lists = _lists(name, column, separator)
+    lists = _lists(name, column, separator, brackets)
     items = texts(pa.chunked_array([lists.flatten()]))
     empty = pc.equal(items.dictionary, "").take(items.indices).fill_null(True)
     keep = ~empty.to_numpy(zero_copy_only=False)
@@ -216,7 +219,12 @@ def bags(name: str, column: pa.ChunkedArray, separator: str | None) -> tuple[pa.
 
 
 def weights(
-    name: str, column: pa.ChunkedArray, separator: str | None, bag: pa.ChunkedArray, keep: np.ndarray
+    name: str,
+    column: pa.ChunkedArray,
+    separator: str | None,
+    bag: pa.ChunkedArray,
+    keep: np.ndarray,
+    brackets: bool = False,
 ) -> pa.ListArray:
     """Return the weights of the items of bags: list<double> [n].
 
@@ -226,11 +234,12 @@ def weights(
         separator: as of the bags.
         bag: the column of bags.
         keep: which items the bags have, as ``bags`` returns it.
+        brackets: as of the bags.
 
     Raises:
         BadValueError: a bag has another number of weights than items, or a weight is missing or not a number.
     """
-    lists, of_bag = _lists(name, column, separator), _lists(name, bag, separator)
+    lists, of_bag = (_lists(name, one, separator, brackets) for one in (column, bag))
     lengths = [pc.fill_null(pc.list_value_length(one), 0).to_numpy() for one in (lists, of_bag)]
     if (different := lengths[0] != lengths[1]).any():
         raise BadValueError(
@@ -287,7 +296,7 @@ def from_ordered_bits(bits: np.ndarray) -> np.ndarray:
     return (bits ^ ((bits >> 63) & np.int64(0x7FFFFFFFFFFFFFFF))).view(np.float64)
 
 
-def _lists(name: str, column: pa.ChunkedArray, separator: str | None) -> pa.ListArray:
+def _lists(name: str, column: pa.ChunkedArray, separator: str | None, brackets: bool) -> pa.ListArray:
     kind = column.type
     if pa.types.is_null(kind):
         return pa.array([None] * len(column), pa.list_(pa.string()))
@@ -298,7 +307,12 @@ def _lists(name: str, column: pa.ChunkedArray, separator: str | None) -> pa.List
         remedy = "leave separator out" if is_list else "give the separator of its items in the schema"
         raise bad_column(column, f"{name} holds {'lists' if is_list else 'single values'}; {remedy}")
     encoded = texts(column)
-    return pc.split_pattern(encoded.dictionary, separator).take(encoded.indices)
+    if not brackets:
+        return pc.split_pattern(encoded.dictionary, separator).take(encoded.indices)
+    inside = pc.replace_substring_regex(encoded.dictionary, r"^\s*[\[({]\s*|\s*[\])}]\s*$", "")
+    split = pc.split_pattern(inside, separator)
+    items = pc.utf8_trim(split.values, " '\"")
+    return pa.ListArray.from_arrays(split.offsets, items).take(encoded.indices)
 
 
 def whole(column: pa.ChunkedArray) -> pa.Array:

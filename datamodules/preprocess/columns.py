@@ -3,13 +3,15 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from decimal import Decimal
+from itertools import compress
 from typing import Any, Literal
 
 from datamodules.preprocess.dialect import is_formatted_number, is_number
 from datamodules.preprocess.sniffing import Sample, Value
+from datamodules.preprocess.text_lists import TextLists, are_fractions, find_lists
 
 Kind = Literal["empty", "boolean", "integer", "number", "text", "time", "list", "numbers", "object"]
 """``list`` is a list of categories, ``numbers`` a list of numbers with fractions."""
@@ -65,19 +67,15 @@ _QUANTITY_WORDS = frozenset(
     """.split()  # noqa: SIM905
 )
 
-_BAG_SEPARATORS = ("|", ";", ",", " ")
-_BAG_SHARE = 0.2  # of the values that must have the separator
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
-_DECIMAL_SHARE = 0.95  # of the values with a comma; they are then numbers, not pairs
 _UNIQUE_SHARE = 0.98
 _FEW = 100  # different values
 _MANY = 1_000
 _MANY_SHARE = 0.05  # of the rows of the sample
 _LONG_TEXT = 80
 _LARGE_LOG = 1_000_000
-_LEAK = 0.999
 _LARGEST_EXACT = 1 << 53
 """Larger whole numbers are not exact in float64: different ones would become equal."""
+_MISSING_WORDS = frozenset(("na", "n/a", "nan", "none", "null", "nil", "\\n", "-", "--", "?"))
 _EXAMPLES = 3
 _EXAMPLE_LENGTH = 24
 
@@ -96,6 +94,16 @@ class Facts:
     time: str | None = None
     """Format of times in text or numbers: ``unix``, ``unix_ms``, ``iso`` or of strptime; None for values of a time
     type."""
+    lists: TextLists | None = None
+    """The form of lists in text."""
+    present: Sequence[bool]
+    """Whether each row has a value."""
+
+    @property
+    def cells(self) -> list[Value]:
+        """The value of each row, None where it is missing."""
+        values = iter(self.values)
+        return [next(values) if present else None for present in self.present]
 
     @property
     def distinct(self) -> int:
@@ -138,8 +146,8 @@ def facts_of(sample: Sample) -> list[Facts]:
 
 def _facts(name: str, cells: Sequence[Value], decimal: str) -> Facts:
     # A value that differs from itself is NaN.
-    present = [cell for cell in cells if cell is not None and cell == cell]
-    missing = len(cells) - len(present)
+    has_value = [cell is not None and cell == cell for cell in cells]
+    present = list(compress(cells, has_value))
     kind, values = _kind(present, decimal)
     if kind in ("list", "numbers"):
         counts = Counter(item for value in values for item in value if item is not None)
@@ -147,11 +155,23 @@ def _facts(name: str, cells: Sequence[Value], decimal: str) -> Facts:
         counts = Counter()
     else:
         counts = Counter(values)
-    facts = Facts(name=name, kind=kind, values=values, missing=missing, counts=counts)
-    form = _time_format(facts)
-    if form is None:
+    missing = len(cells) - len(present)
+    facts = Facts(name=name, kind=kind, values=values, missing=missing, counts=counts, present=has_value)
+    if (form := _time_format(facts)) is not None:
+        return replace(facts, kind="time", time=form)
+    return _with_lists(facts) if kind == "text" else facts
+
+
+def _with_lists(facts: Facts) -> Facts:
+    """Return the facts of a column of text as those of a column of lists, if its texts hold lists."""
+    lists = find_lists(facts.values)
+    if lists is None:
         return facts
-    return Facts(name=name, kind="time", values=values, missing=missing, counts=counts, time=form)
+    items = {text: lists.items(text) for text in facts.counts}
+    values = [items[text] for text in facts.values]
+    counts = Counter(item for value in values for item in value if item)
+    kind: Kind = "numbers" if counts and are_fractions(set(counts)) else "list"
+    return replace(facts, kind=kind, values=values, counts=counts, lists=lists)
 
 
 def _kind(present: Sequence[Value], decimal: str) -> tuple[Kind, Sequence[Value]]:
@@ -234,13 +254,13 @@ def in_order(time: Facts) -> list[Any]:
     return list(time.values)
 
 
-def choose(facts: Facts, sample: Sample, tells_label: bool) -> Choice:
+def choose(facts: Facts, sample: Sample, leak: str | None) -> Choice:
     """Return the role of a column that is not the label.
 
     Args:
         facts: of the column.
         sample: the log.
-        tells_label: whether the column's value, or its absence, gives the label away.
+        leak: how the column gives the label away, if it does.
     """
     if not facts.name:
         return Choice(settings={"role": "leave"}, reason="a column without a name, such as the index of a data frame")
@@ -250,13 +270,13 @@ def choose(facts: Facts, sample: Sample, tells_label: bool) -> Choice:
         return Choice(settings={"role": "leave"}, reason="the same value in every row")
     if facts.kind == "object":
         return Choice(settings={"role": "leave"}, reason="values of several kinds, or objects with keys")
-    if tells_label:
-        return Choice(settings={"role": "leave"}, reason="reveals the label, so it is probably known only afterwards")
+    if leak is not None:
+        return Choice(settings={"role": "leave"}, reason=f"it {leak}, so it is probably known only afterwards")
     if facts.kind == "time":
         time = {} if facts.time is None else {"time": facts.time}
         return Choice(settings={"role": "keep", **time}, reason="a time")
     if facts.kind == "list":
-        return _categories(facts, sample, {"role": "multi_hot"}, "lists of categories")
+        return _choose_lists(facts, sample)
     if facts.kind == "numbers":
         return Choice(
             settings={"role": "leave"}, reason="lists of numbers; they can be `weights` of a list of categories"
@@ -289,13 +309,16 @@ def _choose_integer(facts: Facts, sample: Sample) -> Choice:
     return _categories(facts, sample, {"role": "categorical"}, reason)
 
 
+def _choose_lists(facts: Facts, sample: Sample) -> Choice:
+    if facts.lists is None:
+        return _categories(facts, sample, {"role": "multi_hot"}, "lists of categories")
+    settings: dict[str, Any] = {"role": "multi_hot", "separator": facts.lists.separator}
+    settings |= {"brackets": True} if facts.lists.brackets else {}
+    form = "lists in brackets" if facts.lists.brackets else "text"
+    return _categories(facts, sample, settings, f"{form} with several values between {facts.lists.separator!r}")
+
+
 def _choose_text(facts: Facts, sample: Sample) -> Choice:
-    separator = _bag_separator(facts)
-    if separator is not None:
-        items = Counter(item for value in facts.values for item in value.split(separator))
-        listed = Facts(name=facts.name, kind="list", values=facts.values, missing=facts.missing, counts=items)
-        settings = {"role": "multi_hot", "separator": separator}
-        return _categories(listed, sample, settings, f"text with several values between {separator!r}")
     if formatted := formatted_number(facts):
         reason = f"numbers with other characters, such as {formatted!r}; to use them as numbers, write plain ones"
         if not facts.is_unique:
@@ -340,50 +363,14 @@ def _transform(facts: Facts) -> dict[str, str]:
     return {"transform": "standard"}
 
 
-def _bag_separator(facts: Facts) -> str | None:
-    """Return what separates several values in a text; None if there is one value in each."""
-    for separator in _BAG_SEPARATORS:
-        bags = [value.split(separator) for value in facts.values if separator in value]
-        if len(bags) < max(_BAG_SHARE * len(facts.values), 2):
-            continue
-        if separator == "," and _share_of_decimals(facts.values) > _DECIMAL_SHARE:
-            continue
-        items = {item for value in facts.counts for item in value.split(separator)}
-        # Titles and addresses also contain commas and spaces, but their parts hardly recur.
-        plain = not any(re.search(r"[\s(){}\[\]]", item.strip()) for item in items) and len(items) < facts.distinct
-        ids = separator != " " or all(re.search(r"\d|_", item) for item in items if item)
-        if (separator == "|" or (plain and ids)) and max(map(len, items)) <= _LONG_TEXT // 2:
-            return separator
-    return None
-
-
-def _share_of_decimals(values: Sequence[str]) -> float:
-    """Return the share of numbers with a decimal comma among the values with a comma."""
-    with_comma = [value for value in values if "," in value]
-    return sum(bool(_DECIMAL_COMMA.fullmatch(value)) for value in with_comma) / max(len(with_comma), 1)
-
-
-def tells_label(facts: Facts, cells: Sequence[Value], labels: Sequence[bool]) -> bool:
-    """Return whether a column's value, or its absence, gives the label of nearly every row of the sample away.
-
-    Args:
-        facts: of the column.
-        cells: value of each row, None where it is missing.
-        labels: label of each row.
-    """
-    rows = len(labels)
-    # In few rows values agree with labels by chance.
-    if rows < _FEW or min(sum(labels), rows - sum(labels)) < 0.01 * rows or facts.kind in ("empty", "object"):
-        return False
-    by_value = facts.kind not in ("list", "numbers") and facts.distinct <= 20
-    positives: Counter[Any] = Counter()
-    totals: Counter[Any] = Counter()
-    for cell, label in zip(cells, labels, strict=True):
-        key = cell if by_value else cell is None
-        totals[key] += 1
-        positives[key] += label
-    right = sum(max(positives[key], totals[key] - positives[key]) for key in totals)
-    return right >= _LEAK * rows
+def missing_words(facts: Facts) -> list[str]:
+    """Return texts of a column that probably mean a missing value, and that are read as values."""
+    if facts.kind == "text":
+        found = [value for value in facts.counts if value.lower() in _MISSING_WORDS]
+        return found if len(found) < facts.distinct else []
+    if facts.lists is None:
+        return []
+    return sorted({value[0] for value in facts.values if len(value) == 1 and value[0].lower() in _MISSING_WORDS})
 
 
 def examples(column: Facts) -> str:

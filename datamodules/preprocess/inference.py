@@ -23,11 +23,12 @@ from datamodules.preprocess.columns import (
     facts_of,
     formatted_number,
     in_order,
+    missing_words,
     shortened,
-    tells_label,
 )
 from datamodules.preprocess.dialect import is_number
 from datamodules.preprocess.journal import written_aside
+from datamodules.preprocess.label_leaks import find_leak
 from datamodules.preprocess.labels import SampledLabel, find_label, propose_labels
 from datamodules.preprocess.report import fit_command
 from datamodules.preprocess.sniffing import Form, Sample, read_sample
@@ -54,6 +55,8 @@ class _Inferred:
     facts: Sequence[Facts]
     choices: Mapping[str, Choice]
     """By column, in order; without the label's and those of weights."""
+    leaks: Mapping[str, str]
+    """By column, how it gives the label away."""
     split: Mapping[str, Any]
     split_reason: str
 
@@ -120,12 +123,15 @@ def render(found: Inference, width: int = 0) -> str:
 def _infer(name: str, label: SampledLabel, facts: Sequence[Facts], sample: Sample, inputs: Sequence[str]) -> _Inferred:
     given = [cell is not None for cell in sample.columns[label.column]]
     choices: dict[str, Choice] = {}
+    leaks: dict[str, str] = {}
     weights = _weights(facts)
+    times = [column for column in facts if column.kind == "time"]
     for column in facts:
         if column.name == label.column or column.name in weights.values():
             continue
-        cells = [cell for cell, labelled in zip(sample.columns[column.name], given, strict=True) if labelled]
-        choice = choose(column, sample, tells_label(column, cells, label.labels))
+        if (leak := find_leak(column, times, given, label.labels)) is not None:
+            leaks[column.name] = leak
+        choice = choose(column, sample, leak)
         if column.name in weights and choice.settings["role"] == "multi_hot":
             choice = Choice(
                 settings={**choice.settings, "weights": weights[column.name]}, reason=f"{choice.reason}, with weights"
@@ -139,7 +145,9 @@ def _infer(name: str, label: SampledLabel, facts: Sequence[Facts], sample: Sampl
     split, reason = _split(facts, choices, label, sample, inputs)
     if split["by"] == "column":
         choices[split["column"]] = Choice(settings={"role": "leave"}, reason="names the split of each row")
-    return _Inferred(name=name, label=label, facts=facts, choices=choices, split=split, split_reason=reason)
+    return _Inferred(
+        name=name, label=label, facts=facts, choices=choices, leaks=leaks, split=split, split_reason=reason
+    )
 
 
 def _report(output: Path, log: _Inferred, sample: Sample, width: int) -> list[str]:
@@ -162,6 +170,12 @@ def _report(output: Path, log: _Inferred, sample: Sample, width: int) -> list[st
     }
     if formatted := [f"{column.name} ({one!r})" for column in log.facts if (one := formatted_number(column))]:
         entries["text"] = f"{', '.join(formatted)}: to use them as numbers, write plain ones in the file, such as 9.56"
+    if log.leaks:
+        found = "; ".join(f"{name} {leak}" for name, leak in log.leaks.items())
+        entries["leaks"] = f"{found}: left out, as probably known only after the click"
+    unread = {column.name: missing_words(column) for column in log.facts}
+    if found := ", ".join(f"{name} ({', '.join(map(repr, texts))})" for name, texts in unread.items() if texts):
+        entries["missing?"] = f"{found}: if these texts mean missing values, add them to nulls"
     entries["split"] = f"by {log.split['by']}: {log.split_reason}"
     lines = filled_below(
         f"wrote {output}: a schema of {counted(len(sample.columns), 'column')}, from "
@@ -210,7 +224,8 @@ def _split(
         if column.kind == "text" and column.name in choices and named:
             return {"by": "column", "column": column.name, **named}, "its values are names of splits"
     for column in facts:
-        if column.kind == "time" and column.name in choices and _splits_labels(column, label, sample):
+        is_known = column.name in choices and choices[column.name].settings["role"] == "keep"
+        if column.kind == "time" and is_known and _splits_labels(column, label, sample):
             return {
                 "by": "time",
                 "column": column.name,
@@ -254,7 +269,12 @@ def _weights(facts: Sequence[Facts]) -> dict[str, str]:
     found: dict[str, str] = {}
     for weights in (column for column in facts if column.kind == "numbers" and not column.missing):
         for column in facts:
-            alike = column.kind == "list" and weights.name.startswith(column.name) and not column.missing
+            alike = (
+                column.kind == "list"
+                and column.lists == weights.lists
+                and weights.name.startswith(column.name)
+                and not column.missing
+            )
             if alike and list(map(len, column.values)) == list(map(len, weights.values)):
                 found[column.name] = weights.name
     return found
@@ -355,4 +375,6 @@ def _describe(column: Facts, sample: Sample) -> str:
         parts.append(f"{shortened(min(column.values))} to {shortened(max(column.values))}")
     if column.counts:
         parts.append(examples(column))
+    if words := missing_words(column):
+        parts.append(f"{' and '.join(map(repr, words))} probably missing (if so, add to nulls)")
     return ", ".join(parts)

@@ -69,10 +69,12 @@ def staged_columns(
             found = times.kept(source, single(source), one.time)
             columns[staged_name("keep", name)] = found
         elif one.role == "multi_hot":
-            bag, keep = values.bags(source, column(source), one.separator)
+            bag, keep = values.bags(source, column(source), one.separator, one.brackets)
             columns[staged_name("bag", name)] = bag
             if one.weights:
-                of_bag = values.weights(one.weights, column(one.weights), one.separator, column(source), keep)
+                of_bag = values.weights(
+                    one.weights, column(one.weights), one.separator, column(source), keep, one.brackets
+                )
                 columns[staged_name("weights", name)] = of_bag
         elif one.role != "leave" and (staged := staged_name(one.form, source)) not in columns:
             if one.form == "number":

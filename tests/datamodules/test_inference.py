@@ -222,7 +222,7 @@ def test_json_lists_weights_and_names_that_need_care(tmp_path: Path) -> None:
             "no": {"k": 1},
             "mix": [row, "x"],
         }
-        | ({"age": 3.5 + row % 4} if row % 3 else {})
+        | ({"age": 3.5 + row % 5} if row % 3 else {})
         for row in range(N)
     ]
     schema = inferred(tmp_path, "\n".join(map(json.dumps, lines)), name="log.jsonl")
