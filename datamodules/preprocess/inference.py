@@ -173,9 +173,11 @@ def _report(output: Path, log: _Inferred, sample: Sample, width: int) -> list[st
     if log.leaks:
         found = "; ".join(f"{name} {leak}" for name, leak in log.leaks.items())
         entries["leaks"] = f"{found}: left out, as probably known only after the click"
-    unread = {column.name: missing_words(column) for column in log.facts}
-    if found := ", ".join(f"{name} ({', '.join(map(repr, texts))})" for name, texts in unread.items() if texts):
-        entries["missing?"] = f"{found}: if these texts mean missing values, add them to nulls"
+    unread = {column.name: texts for column in log.facts if (texts := missing_words(column))}
+    if unread:
+        nulls = dict.fromkeys([*sample.form.nulls, *(text for texts in unread.values() for text in texts)])
+        found = ", ".join(f"{name} ({', '.join(map(repr, texts))})" for name, texts in unread.items())
+        entries["missing?"] = f"{found}: if these texts mean missing values, set 'nulls: {_flow(list(nulls))}'"
     entries["split"] = f"by {log.split['by']}: {log.split_reason}"
     lines = filled_below(
         f"wrote {output}: a schema of {counted(len(sample.columns), 'column')}, from "
@@ -376,5 +378,5 @@ def _describe(column: Facts, sample: Sample) -> str:
     if column.counts:
         parts.append(examples(column))
     if words := missing_words(column):
-        parts.append(f"{' and '.join(map(repr, words))} probably missing (if so, add to nulls)")
+        parts.append(f"{' and '.join(map(repr, words))} probably mean a missing value (see nulls)")
     return ", ".join(parts)

@@ -2,6 +2,7 @@
 lists in brackets; names, titles and numbers are not taken for lists, and words for missing values are named."""
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from datamodules import values
 from datamodules.log_schema import read_log_schema
@@ -98,10 +100,14 @@ def test_elements_are_counted_and_encoded(log: Path) -> None:
 
 def test_words_for_missing_values_are_named(log: Path) -> None:
     said = " ".join(infer(log / "log.yaml", "clicked", ["log.csv"]).split())
-    assert "missing? device ('-', 'NA'): if these texts mean missing values, add them to nulls" in said.replace(
-        "('NA', '-')", "('-', 'NA')"
+    nulls = re.search(
+        r"missing\? device \(.*\): if these texts mean missing values, set '(nulls: \[.*?\])' split", said
     )
-    assert "probably missing (if so, add to nulls)" in (log / "log.yaml").read_text().replace("\n  #  ", "")
+    assert nulls is not None and set(yaml.safe_load(nulls[1])["nulls"]) == {"", "NA", "-"}
+    text = (log / "log.yaml").read_text()
+    assert "probably mean a missing value (see nulls)" in " ".join(text.replace("\n  #  ", "").split())
+    (log / "log.yaml").write_text(text.replace("nulls: ['']", nulls[1]))
+    assert set(read_log_schema(log / "log.yaml").nulls) == {"", "NA", "-"}
 
 
 def test_brackets_need_a_separator(log: Path) -> None:
