@@ -303,7 +303,9 @@ class Job:
         for split in self.recipe.wanted_splits():
             sampled = split == "train" and schema.split.negative_sampling_rate < 1
             remedy = "keep more negatives" if sampled else "change split in the schema"
-            require(split in made, f"no rows are left in the {split} split; give more input, or {remedy}")
+            # A split of few different times.
+            why = " (rows of equal time stay in one split)" if schema.split.by == "time" else ""
+            require(split in made, f"no rows are left in the {split} split{why}; give more input, or {remedy}")
             rows, positives = made[split].rows, made[split].positives
             # --dataset and --protocol made datasets of one label in earlier releases; preprocess warns of them.
             if self.recipe.options is None and positives in (0, rows):
@@ -312,7 +314,8 @@ class Job:
                 why = describe_label(schema, [file.path for file in self.files])
                 changed = "split" if self.recipe.of_criteo else "label or split"
                 raise UserError(
-                    f"all {rows:,} labels of the {split} split are {int(positives == rows)}; expected both: {why}; "
+                    f"every label of the {split} split is {int(positives == rows)} ({rows:,} in all); expected "
+                    f"both: {why}; "
                     f"give more input, or change {changed} in the schema"
                 )
 

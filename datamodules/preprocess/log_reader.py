@@ -360,7 +360,7 @@ def open_parquet(path: str) -> pq.ParquetFile:
     """Open a Parquet file of a log.
 
     Raises:
-        UserError: it is not a Parquet file.
+        UserError: it is damaged.
     """
     try:
         if is_remote(path):
@@ -368,7 +368,7 @@ def open_parquet(path: str) -> pq.ParquetFile:
             return consistent(pq.ParquetFile(inner, filesystem=system), path, "write the file again")
         return consistent(pq.ParquetFile(path, memory_map=True), path, "write the file again")
     except pa.ArrowException as error:
-        raise UserError(f"{path} is not a Parquet file ({one_line(error)}); set format in the schema") from error
+        raise UserError(f"{path} is a damaged Parquet file ({one_line(error)}); write it again") from error
 
 
 def _decoded(table: pa.Table, remedy: str) -> pa.Table:

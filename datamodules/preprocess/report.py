@@ -92,8 +92,7 @@ def render_report(schema: DatasetSchema, stages: Sequence[StageTime], width: int
 
 def one_label_warnings(schema: DatasetSchema) -> list[str]:
     """Return a line for each split whose rows all have the same label."""
-    own_split = "unknown" not in schema.report and "schema" in schema.settings
-    remedy = "give rows with both labels" + (", or change split in the schema" if own_split else "")
+    remedy = "give rows with both labels"
     if schema.report.get("bad_rows"):
         remedy += "; bad_rows.tsv lists the rows that were left out"
     return [

@@ -269,7 +269,7 @@ def test_a_dataset_is_what_the_schema_says(
         path.write_text(as_csv(rows[ends[i] : ends[i + 1]]))
     expected = plain_dataset(rows, document)
     if not all(len({row["label"] for row in expected.get(split, [])}) == 2 for split in SPLITS):
-        with pytest.raises(UserError, match=r"no rows are left in the|labels of the .* split are"):
+        with pytest.raises(UserError, match=r"no rows are left in the|every label of the .* split is"):
             make(files, folder / "data", document, block_bytes=piece)
         return
     schema = make(files, folder / "data", document, block_bytes=piece)
@@ -494,12 +494,12 @@ MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of(LINES, "click,ü,p,t").decode().encode("utf-16"), {}, "line 1: the text is not UTF-8; .*utf-16"),
     (b"", {}, "is empty"),
     (log_of([]), {}, "has a header and no rows"),
-    (log_of(LINES[:2]), {}, "all 1 labels of the train split are 0; expected both: the label is 'click'"),
+    (log_of(LINES[:2]), {}, "every label of the train split is 0 .1 in all.; expected both: the label is 'click'"),
     (log_of(LINES), {"label": "click == 7"},
-     r"train split are 0; expected both: the label is 'click == 7', and click holds 0 \(.*%\), 1 \(.*%\); give"),
+     r"train split is 0 .*; expected both: the label is 'click == 7', and click holds 0 \(.*%\), 1 \(.*%\); give"),
     (log_of(LINES), {"split": {"by": "time", "column": "t", "ratios": [0.99, 0.005, 0.005],
                                "negative_sampling_rate": 0.5}},
-     "no rows are left in the validation split; .*change split in the schema"),
+     "no rows are left in the validation split .rows of equal time stay in one split.; .*change split in the schema"),
     (log_of(LINES), {"label": "click == 7", "split": {"by": "position", "negative_sampling_rate": 1e-9}},
      "no rows are left in the train split; .*keep more negatives"),
     (log_of(LINES), BY_COLUMN, "line 6: u is 'u4', which belongs to no split"),
