@@ -83,7 +83,7 @@ class LogSchema:
     """By their names in the dataset, in its order."""
     split: LogSplit
     format: Format | None = None
-    """None to infer it from the names of the files; ``criteo`` is the text of Criteo's logs, without a header."""
+    """None to find it in the content of the files; ``criteo`` is the text of Criteo's logs, without a header."""
     separator: str | None = None
     """Between the fields of CSV, any text; None for a tab in .tsv and a comma in other files."""
     header: bool | None = None
