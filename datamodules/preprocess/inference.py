@@ -171,7 +171,8 @@ def _report(output: Path, log: _Inferred, sample: Sample, width: int) -> list[st
     if formatted := [f"{column.name} ({one!r})" for column in log.facts if (one := formatted_number(column))]:
         entries["text"] = f"{', '.join(formatted)}: to use them as numbers, write plain ones in the file, such as 9.56"
     if log.leaks:
-        found = "; ".join(f"{name} {leak}" for name, leak in log.leaks.items())
+        names = {leak: [name for name, one in log.leaks.items() if one == leak] for leak in log.leaks.values()}
+        found = ", ".join(f"{', '.join(some)} ({leak})" for leak, some in names.items())
         entries["leaks"] = f"{found}: left out, as probably known only after the click"
     unread = {column.name: texts for column in log.facts if (texts := missing_words(column))}
     if unread:

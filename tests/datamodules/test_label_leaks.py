@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from datamodules.log_schema import read_log_schema
-from datamodules.preprocess.inference import infer
+from datamodules.preprocess.inference import infer, render
 
 ROWS = 600
 START = datetime(2026, 1, 1)
@@ -21,7 +21,7 @@ def schema_and_words(folder: Path, columns: dict[str, Sequence[Any]]) -> tuple[d
     (folder / "log.csv").write_text("\n".join(lines) + "\n")
     path = folder / "log.yaml"
     path.unlink(missing_ok=True)
-    said = infer(path, "clicked", [str(folder / "log.csv")])
+    said = render(infer(path, "clicked", [str(folder / "log.csv")]))
     return read_log_schema(path).document(), " ".join(said.split())
 
 
@@ -81,7 +81,7 @@ def test_a_column_that_gives_clicks_away_is_left_out_and_named(tmp_path: Path, k
     assert document["columns"]["leak"] == {"role": "leave"}
     words = words.replace("page2 or page1", "page1 or page2")
     assert document["columns"]["user"]["role"] == "categorical"
-    assert f"leaks leak {said}: left out, as probably known only after the click" in words
+    assert f"leaks leak ({said}): left out, as probably known only after the click" in words
     assert document["split"]["column"] == "shown_at", "not by a time that leaks"
     comment = " ".join((tmp_path / "log.yaml").read_text().replace("\n  #  ", "").split())
     comment = comment.replace("page2 or page1", "page1 or page2")
@@ -95,7 +95,7 @@ def test_the_rarer_label_is_the_one_that_leaks(tmp_path: Path) -> None:
     user = [draw.randint(1, 30) for _ in liked]
     document, words = schema_and_words(tmp_path, {"returned": returned, "user": user, "clicked": liked})
     assert document["columns"]["returned"] == {"role": "leave"}
-    assert "returned is other than 0 only in rows with label 0" in words
+    assert "returned (is other than 0 only in rows with label 0)" in words
 
 
 @pytest.mark.parametrize("share", [0.03, 0.2, 0.5, 0.9])

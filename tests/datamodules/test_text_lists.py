@@ -14,7 +14,7 @@ import yaml
 
 from datamodules import values
 from datamodules.log_schema import read_log_schema
-from datamodules.preprocess.inference import infer
+from datamodules.preprocess.inference import infer, render
 from datamodules.preprocess.text_lists import TextLists, find_lists
 from lightning_dlrm.__main__ import main
 
@@ -99,7 +99,7 @@ def test_elements_are_counted_and_encoded(log: Path) -> None:
 
 
 def test_words_for_missing_values_are_named(log: Path) -> None:
-    said = " ".join(infer(log / "log.yaml", "clicked", ["log.csv"]).split())
+    said = " ".join(render(infer(log / "log.yaml", "clicked", ["log.csv"])).split())
     nulls = re.search(
         r"missing\? device \(.*\): if these texts mean missing values, set '(nulls: \[.*?\])' split", said
     )
