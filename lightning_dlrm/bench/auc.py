@@ -13,7 +13,7 @@ from lightning_dlrm.bench.measurement import (
     add_rounds,
     check_numbers,
     peak_bytes,
-    speed_over,
+    speed_ratio,
     time_rounds,
 )
 from lightning_dlrm.contracts.errors import UserError
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     peer = _scikit_learn(torch.cat(logits), torch.cat(labels))
     difference = abs(peer() - found)
     seconds = time_rounds({"ours": lambda: exact_auc(logits, labels), "peer": peer}, args.rounds)
-    compared = speed_over("peer", seconds["ours"], seconds["peer"]) | {"difference": difference}
+    compared = speed_ratio("speed_over_peer", seconds["ours"], seconds["peer"]) | {"difference": difference}
     return [
         *rows,
         _row(args, "ours", samples, seconds["ours"], compared | beside),

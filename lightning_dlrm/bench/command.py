@@ -56,8 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_options(work: str, parser: argparse.ArgumentParser) -> None:
     """Add the options of a benchmark to its parser."""
+    from lightning_dlrm.bench.measurement import RATIOS
+
     module = importlib.import_module(f"lightning_dlrm.bench.{work}")
-    parser.description, parser.epilog = module.DESCRIPTION, module.DETAILS
+    parser.description = module.DESCRIPTION
+    parser.epilog = module.DETAILS if work in _IMMEDIATE else module.DETAILS + RATIOS
     module.add_arguments(parser)
     if work in _ON_CPUS:
         # Scripts may call every benchmark with the same options.

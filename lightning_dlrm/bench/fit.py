@@ -33,9 +33,10 @@ from lightning_dlrm.bench.measurement import (
     add_peer_python,
     add_steps,
     check,
+    data_name,
     open_dataset,
+    speed_ratio,
     time_rounds,
-    times_as_fast,
 )
 from lightning_dlrm.bench.processes import Worker
 from lightning_dlrm.contracts.batch import Batch
@@ -61,9 +62,8 @@ what is timed, in turns:
   peer, whole program   with --peer, dlrm_s_pytorch.py of a checkout of facebookresearch/dlrm with its own loader, in
                         float32, on the same rows
 
-Ratios are medians over the rounds. Each contender makes its steps twice in a round, and the second time counts, because
-a fit does not share the processor's caches with other models. Each has the model in memory, 2 GiB for each of three to
-five contenders.
+Each contender makes its steps twice in a round, and the second time counts, because a fit does not share the
+processor's caches with other models. Each has the model in memory, 2 GiB for each of three to five contenders.
 """
 
 WARM_UP_STEPS = 20
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     device = check(args)
     folder, schema = open_dataset(args.data)
     workload = replace(kaggle(), tables=schema.features.table_rows, dense=schema.features.dense)
-    compiled = ", compiled" if args.compile else ""
+    compiled, of_all = ", compiled" if args.compile else "", f"{data_name(args.data)}, batch {args.batch_size:,}"
     # A loader has a position, so every loop needs its own.
     options: dict[str, Any] = {"seed": 1, "batch_size": args.batch_size, "pin": device.type == "cuda"}
     loader = partial(TrainingLoader, folder, schema, ["train"], shuffle="window", **options)
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         Measurement.of_rounds(
             of_rounds,
             work="fit",
-            case=f"{case}{compiled if name == 'ours' else ''}, batch {args.batch_size:,}, {precision}, {args.device}",
+            case=f"{case}{compiled if name == 'ours' else ''}, {of_all}, {precision}, {args.device}",
             implementation=name,
             device=args.device,
             precision=precision,
@@ -174,14 +174,12 @@ def _extra(key: Key, seconds: Mapping[Key, Sequence[float]], waits: Sequence[flo
         return {"data_wait": sum(waits) / sum(seconds[key])}
     if case != "fit":
         return {}
-    extra = {
-        "of_bare_loop": times_as_fast(seconds[key], seconds["ours", "bare loop", precision]),
-        "speed_over_baseline": times_as_fast(seconds[key], seconds["baseline", "plain loop", precision]),
-    }
+    extra = speed_ratio("of_bare_loop", seconds[key], seconds["ours", "bare loop", precision])
+    extra |= speed_ratio("speed_over_baseline", seconds[key], seconds["baseline", "plain loop", precision])
     if whole is not None:
         without = [step - wait for step, wait in zip(whole, waits, strict=True)]
-        extra["speed_over_peer"] = times_as_fast(seconds[key], whole)
-        extra["speed_over_peer_without_data"] = times_as_fast(seconds[key], without)
+        extra |= speed_ratio("speed_over_peer", seconds[key], whole)
+        extra |= speed_ratio("speed_over_peer_without_data", seconds[key], without)
     return extra
 
 
@@ -194,7 +192,9 @@ def fit_command(args: argparse.Namespace, folder: Path, precision: str, run_dir:
         precision: of the trainer.
         run_dir: run folder.
     """
-    command = [sys.executable, "-m", "lightning_dlrm", "fit", "--config", "dlrm.yaml", "--data.path", str(folder)]
+    command = [sys.executable, "-m", "lightning_dlrm", "fit", "--config", "dlrm.yaml", "--data.path"]
+    # The command runs in another folder.
+    command.append(str(folder.absolute()))
     for group in ("table", "dense"):
         command += [f"--model.{group}_optimizer=SGD", f"--model.{group}_optimizer.learning_rate={LEARNING_RATE}"]
     options = {

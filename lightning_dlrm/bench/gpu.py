@@ -25,7 +25,9 @@ from lightning_dlrm.bench.measurement import (
     add_steps,
     check,
     check_numbers,
+    data_name,
     finisher,
+    limit_name,
     open_dataset,
     peak_bytes,
     time_rounds,
@@ -227,7 +229,7 @@ def _time_step(
         "host_s": _host_seconds(step, batches[0], device),
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes(),
     }
-    return [_measurement(args, seconds, f"{name}, batch {batch_size:,}", batch_size, extra)]
+    return [_measurement(args, seconds, f"{name}, batch {batch_size:,}{limit_name(args.max_rows)}", batch_size, extra)]
 
 
 def _measurement(
@@ -294,7 +296,8 @@ def _compare_losses(args: argparse.Namespace) -> list[Measurement]:
     print(render_targets(targets))
     row = Measurement(
         work="gpu",
-        case=f"losses of {_LOSS_STEPS:,} steps against eager float32, batch {batch_size:,}",
+        case=f"losses of {_LOSS_STEPS:,} steps against eager float32, batch {batch_size:,}, tables of at most "
+        f"{max(workload.tables):,} rows",
         implementation="ours",
         device=args.device,
         precision=PRECISION,
@@ -352,7 +355,8 @@ def _time_fit(args: argparse.Namespace) -> list[Measurement]:
         with Worker("lightning_dlrm fit", command, Path(temporary)) as worker:
             worker(fit.WARM_UP_STEPS)
             seconds = time_rounds({"ours": partial(worker, args.steps)}, args.rounds, warm_up=1, steps=args.steps)
-    return [_measurement(args, seconds["ours"], f"fit from Parquet, batch {batch_size:,}", batch_size)]
+    case = f"fit from Parquet, {data_name(args.data)}, batch {batch_size:,}"
+    return [_measurement(args, seconds["ours"], case, batch_size)]
 
 
 def repeat_training_rows(folder: Path, schema: DatasetSchema, times: int, output: Path) -> DatasetSchema:

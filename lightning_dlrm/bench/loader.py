@@ -20,8 +20,8 @@ from lightning_dlrm.bench.measurement import (
     check_numbers,
     open_dataset,
     peak_bytes,
+    speed_ratio,
     time_rounds,
-    times_as_fast,
 )
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DataFile
@@ -102,14 +102,13 @@ def _single_epochs(
     }
     contenders |= {key: functools.partial(_epoch, value) for key, value in _loaders(args, loader).items()}
     seconds = time_rounds(contenders, args.rounds)
-    medians = {key: statistics.median(of_rounds) for key, of_rounds in seconds.items()}
     rows = []
     for key, of_rounds in seconds.items():
         case, threads, batch_size = key
         extra = {}
         if batch_size:
             alike = f"{_BARE}, unverified" if "unverified" in case else _BARE
-            extra["of_baseline"] = medians[alike, threads, 0] / medians[key]
+            extra = speed_ratio("of_baseline", of_rounds, seconds[alike, threads, 0])
         if key == ("shuffle window", args.threads[0], first):
             extra["peak_bytes"] = peak
         rows.append(_row(key, samples, of_rounds, extra))
@@ -140,7 +139,7 @@ def _epochs_on_end(
         key = (f"{_ON_END}, shuffle window", threads, batch_size)
         extra = {"seam_s": statistics.median(seams)}
         for name, of_ours, of_bare in (("", ours.wall, bare.wall), ("_cpu", ours.cpu, bare.cpu)):
-            extra[f"of_baseline{name}"] = times_as_fast(of_ours, of_bare) * read / samples
+            extra |= speed_ratio(f"of_baseline{name}", of_ours, of_bare, read / samples)
         rows.append(_row(key, read, ours.wall, extra))
     return rows
 

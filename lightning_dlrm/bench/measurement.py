@@ -25,6 +25,11 @@ from lightning_dlrm.kernels.choice import choose
 
 PRECISIONS = ("32-true", "bf16-mixed")
 DEFAULT = "(default: %(default)s)"
+RATIOS = """
+Every round times all contenders. A ratio is computed in each round; the median of these ratios is shown, with the
+lowest and the highest. It can differ from the ratio of the median times.
+"""
+"""Help of benchmarks that compare contenders."""
 
 
 def add_rounds(parser: argparse.ArgumentParser, rounds: int = 5) -> None:
@@ -63,9 +68,19 @@ def add_max_rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-rows", type=int, metavar="N", help="cut every table to N rows (default: no limit)")
 
 
+def limit_name(max_rows: int | None) -> str:
+    """Return what ``--max-rows`` adds to the case of a row."""
+    return "" if max_rows is None else f", tables of at most {max_rows:,} rows"
+
+
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Add ``--data``."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="dataset folder (default: the demo data of fit)")
+
+
+def data_name(folder: Path | None) -> str:
+    """Return the name of a dataset folder for the case of a row; None for the demo data."""
+    return "demo data" if folder is None else folder.absolute().name
 
 
 def add_peer_python(parser: argparse.ArgumentParser) -> None:
@@ -218,19 +233,20 @@ def time_rounds(
     return seconds
 
 
-def times_as_fast(seconds: Sequence[float], other: Sequence[float]) -> float:
-    """Return how many times the first contender's time fits into the other's: the median of the rounds' quotients.
+def speed_ratio(name: str, seconds: Sequence[float], other: Sequence[float], samples: float = 1.0) -> dict[str, float]:
+    """Return the ratio of two contenders' speeds for a row: the median of the rounds' ratios, the lowest and the
+    highest.
 
     What else a machine does changes from minute to minute, and slows both times of a round down alike.
+
+    Args:
+        name: name of the ratio in the row.
+        seconds: times of the first contender in each round; it is faster if the ratio is above 1.
+        other: times of the other contender in the same rounds.
+        samples: samples of the first contender in a round, divided by those of the other.
     """
-    return statistics.median(theirs / ours for ours, theirs in zip(seconds, other, strict=True))
-
-
-def speed_over(name: str, seconds: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """Return ``times_as_fast`` for a row, with the lowest and the highest quotient of a round."""
-    quotients = [theirs / ours for ours, theirs in zip(seconds, other, strict=True)]
-    key = f"speed_over_{name}"
-    return {key: times_as_fast(seconds, other), f"{key}_low": min(quotients), f"{key}_high": max(quotients)}
+    ratios = [samples * theirs / ours for ours, theirs in zip(seconds, other, strict=True)]
+    return {name: statistics.median(ratios), f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
 
 
 def peak_bytes() -> int:

@@ -176,7 +176,10 @@ def peer_command(args: argparse.Namespace, module: str, program: str, *arguments
         arguments: arguments of the program.
     """
     text = textwrap.dedent(_LOAD) + textwrap.dedent(program)
-    return [args.peer_python, "-c", text, str(args.peer.absolute()), module, *arguments]
+    python = Path(args.peer_python)
+    # Workers run in another folder. A name without a folder is searched on the PATH.
+    typed = args.peer_python if python.name == args.peer_python else str(python.absolute())
+    return [typed, "-c", text, str(args.peer.absolute()), module, *arguments]
 
 
 def _worker(args: argparse.Namespace, program: str, settings: dict[str, object], folder: Path) -> Worker:

@@ -31,7 +31,7 @@ from lightning_dlrm.bench.measurement import (
     add_rounds,
     check_numbers,
     check_peer,
-    times_as_fast,
+    speed_ratio,
 )
 from lightning_dlrm.bench.peer import peer_command, peer_name
 from lightning_dlrm.bench.processes import Footprint, run_process
@@ -280,7 +280,7 @@ def _measure(ours: _Ours, name: Implementation, other: _Script, args: argparse.N
     row = _row("ours", rows, seconds["ours"], footprints["ours"], args)
     row_of_other = _row(name, other.samples, seconds[name], footprints[name], args)
     extra = {
-        f"speed_over_{name}": times_as_fast(seconds["ours"], seconds[name]) * rows / other.samples,
+        **speed_ratio(f"speed_over_{name}", seconds["ours"], seconds[name], rows / other.samples),
         **row.extra,
         "peak_disk_bytes": float(footprints["ours"].peak_disk_bytes),
         "output_bytes": float(bytes_below(ours.output)),

@@ -166,4 +166,4 @@ def _failure(name: str, code: int, errors: IO[str]) -> UserError:
     """Return the error of a program that has failed, with the last line of its error output."""
     errors.seek(0)
     lines = errors.read().strip().splitlines() or [f"exit code {code}"]
-    return UserError(f"{name} failed: {lines[-1]}")
+    return UserError(f"{name} failed: {lines[-1].removeprefix('error: ')}")

@@ -18,18 +18,22 @@ _NAMES: Mapping[str, Mapping[str, str]] = {
     "trace": {"baseline": "a Python list"},
 }
 """Benchmark -> what its contenders beside this project are."""
-_COMPARISONS: Mapping[str, str] = {
-    "speed_over_baseline": "{:.3g} times as fast as {baseline}",
-    "speed_over_peer": "{:.3g} times as fast as {peer}",
-    "speed_over_peer_without_data": "{:.3g} times as fast as {peer} without its loader",
-    "speed_over_host": "{:.3g} times as fast as with rows in host memory",
-    "of_bare_loop": "{:.0%} of the speed of the bare loop",
-    "of_baseline": "{:.0%} of the speed of {baseline}",
-    "of_baseline_cpu": "{:.0%} of that speed by processor time",
+_SPEEDS: Mapping[str, str] = {
+    "speed_over_baseline": "{baseline}",
+    "speed_over_peer": "{peer}",
+    "speed_over_peer_without_data": "{peer} without its loader",
+    "speed_over_host": "itself with rows in host memory",
 }
-"""Name of a further number that compares two contenders -> its words."""
+"""Name of a ratio of speeds -> the contender that it compares with."""
+_SHARES: Mapping[str, str] = {
+    "of_bare_loop": "the speed of the bare loop",
+    "of_baseline": "the speed of {baseline}",
+    "of_baseline_cpu": "that speed by processor time",
+}
+"""Name of a ratio of speeds that is shown in percent -> its words."""
+_RATIOS = (*_SPEEDS, *_SHARES)
+"""Names of all ratios of speeds."""
 _WORDS: Mapping[str, str] = {
-    **_COMPARISONS,
     "difference": "its AUC differs by {:.2g} from that of {peer}",
     "data_wait": "{:.0%} of its time is its loader's",
     "threads": "threads {:.0f}",
@@ -62,12 +66,12 @@ _MOST_RESULTS = 3
 def headline(rows: Sequence[Measurement]) -> list[str]:
     """Return the result in words, a line for each of the first rows that compare this project with another contender,
     and a warning if rounds differ much."""
-    compared = [row for row in rows if row.shown and not row.error and _COMPARISONS.keys() & row.extra.keys()]
+    compared = [row for row in rows if row.shown and not row.error and any(name in row.extra for name in _RATIOS)]
     lines = []
     for row in compared[:_MOST_RESULTS]:
         whole = [_words(row, name) for name in _TIMES if name.endswith("_for_1000") and name in row.extra]
         time = whole[0] if whole else f"{duration(row.median_s)} for {row.samples:,} samples"
-        comparisons = [_words(row, name) for name in _COMPARISONS if name in row.extra]
+        comparisons = [_comparison(row, name, in_headline=True) for name in _RATIOS if name in row.extra]
         lines.append(f"{row.case}: {_name(row)} takes {time}, {', '.join(comparisons)}")
     measured = [row for row in rows if row.shown and not row.error and row.median_s]
     uncertain = [row for row in measured if row.spread_s / row.median_s > _LARGE_SPREAD]
@@ -114,12 +118,23 @@ def render(rows: Sequence[Measurement]) -> str:
         elif row.extra:
             shown_names = [name for name in row.extra if not name.endswith(("_low", "_high"))]
             text.append("    " + ", ".join(_words(row, name) for name in shown_names))
-    text.append("Times are medians of the rounds; less is better. --help has the details.")
+    return "\n".join(text + _notes(shown))
+
+
+def _notes(shown: Sequence[Measurement]) -> list[str]:
+    """Return the lines below a table, which say what its numbers are."""
     if any(row.spread_s for row in shown):
-        text.append("The spread is the time of the slowest round minus that of the fastest.")
+        lines = [
+            "Times are medians of the rounds; less is better. --help has the details.",
+            "The spread is the time of the slowest round minus that of the fastest.",
+        ]
+    else:
+        lines = ["Times are of one round, which shows no spread; less is better."]
+    if any(_range(row, name) for row in shown for name in _RATIOS):
+        lines.append("A ratio is the median of the rounds' ratios, not the ratio of the medians.")
     if any(row.floor_s is not None for row in shown):
-        text.append("The floor is the least time on this machine; x floor is median / floor.")
-    return "\n".join(text)
+        lines.append("The floor is the least time on this machine; x floor is median / floor.")
+    return lines
 
 
 def _name(row: Measurement) -> str:
@@ -132,14 +147,56 @@ def _others(work: str) -> Mapping[str, str]:
 
 
 def _words(row: Measurement, name: str) -> str:
-    """Return a further number of a row in words; of a speed also its range over the rounds."""
-    value, extra = row.extra[name], row.extra
+    """Return a further number of a row in words."""
+    value = row.extra[name]
+    if name in _RATIOS:
+        return _comparison(row, name)
     if name in _WORDS:
-        words = _WORDS[name].format(value, **_others(row.work))
-        low, high = (f"{extra.get(f'{name}_{end}', value):.3g}" for end in ("low", "high"))
-        return f"{words} ({low} to {high} in the rounds)" if low != high else words
+        return _WORDS[name].format(value, **_others(row.work))
     if name in _SIZES:
         return _SIZES[name].format(binary_size(value))
     if name in _TIMES:
         return _TIMES[name].format(duration(value))
     return f"{name.removesuffix('_s').replace('_', ' ')} {duration(value)}"
+
+
+def _range(row: Measurement, name: str) -> tuple[float, float] | None:
+    """Return the lowest and the highest ratio of a round; None if there is no ratio, or no range."""
+    low, high = (row.extra.get(f"{name}_{end}") for end in ("low", "high"))
+    return None if low is None or high is None or low == high else (low, high)
+
+
+def _comparison(row: Measurement, name: str, in_headline: bool = False) -> str:
+    """Return a ratio of speeds in words, with its range over the rounds.
+
+    In a headline an uncertain ratio is not given, but its range.
+    """
+    amount, what = (_share, _SHARES[name]) if name in _SHARES else (_speed, _SPEEDS[name])
+    what = what.format(**_others(row.work))
+    value, range_ = row.extra[name], _range(row, name)
+    ratio, words = amount(value, value)
+    if range_ is None:
+        return f"{ratio} {words} {what}"
+    numbers, words_of_range = amount(*range_)
+    if in_headline and range_[1] - range_[0] > _LARGE_SPREAD * value:
+        return f"from {numbers} {words_of_range} {what}"
+    return f"{ratio} {words} {what} ({numbers} in the rounds)"
+
+
+def _share(low: float, high: float) -> tuple[str, str]:
+    """Return a range of shares, or one share, and the words that follow it."""
+    return " to ".join(dict.fromkeys((f"{low:.0%}", f"{high:.0%}"))), "of"
+
+
+def _speed(low: float, high: float) -> tuple[str, str]:
+    """Return a range of ratios of speeds, or one ratio, and the words that follow it.
+
+    >>> _speed(0.8, 1.1)
+    ('1.25 times slower to 1.1 times as fast', 'as')
+    """
+    least, most = float(f"{low:.3g}"), float(f"{high:.3g}")
+    if least < 1 <= most:
+        return f"{1 / low:.3g} times slower to {high:.3g} times as fast", "as"
+    words = "times slower than" if most < 1 else "times as fast as"
+    ends = sorted((1 / low, 1 / high) if most < 1 else (low, high))
+    return " to ".join(dict.fromkeys(f"{end:.3g}" for end in ends)), words

@@ -22,7 +22,8 @@ from lightning_dlrm.bench.measurement import (
     add_rounds,
     add_steps,
     check_numbers,
-    times_as_fast,
+    limit_name,
+    speed_ratio,
 )
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
@@ -85,12 +86,16 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         address = f"tcp://127.0.0.1:{held.getsockname()[1]}"
         torch.multiprocessing.spawn(_measure, (vars(args), address, results), nprocs=args.ranks)
     seconds, held = results.get()
-    speeds = {f"speed_over_{name}": times_as_fast(seconds["ours"], seconds[name]) for name in seconds if name != "ours"}
+    speeds: dict[str, float] = {}
+    for name in seconds:
+        if name != "ours":
+            speeds |= speed_ratio(f"speed_over_{name}", seconds["ours"], seconds[name])
     return [
         Measurement.of_rounds(
             of_rounds,
             work="sharding",
-            case=f"{args.ranks} ranks x {args.threads} threads, batch {args.batch_size:,}, DLRM",
+            case=f"{args.ranks} ranks x {args.threads} threads, batch {args.batch_size:,}, "
+            f"DLRM{limit_name(args.max_rows)}",
             implementation=name,
             device="cpu",
             precision="32-true",

@@ -32,7 +32,8 @@ from lightning_dlrm.bench.measurement import (
     add_peer_python,
     add_steps,
     check,
-    speed_over,
+    limit_name,
+    speed_ratio,
     time_rounds,
 )
 from lightning_dlrm.contracts.batch import Batch
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     batches = [draw_batch(workload, args.batch_size, seed).to(device) for seed in range(DRAWN_BATCHES)]
     steps = make_steps(args, workload, batches, device)
     rates = roofline.measure_rates(device, args.precision)
-    return time_steps(args, args.model, workload, batches, steps, args.steps, rates)
+    return time_steps(args, f"{args.model}{limit_name(args.max_rows)}", workload, batches, steps, args.steps, rates)
 
 
 def make_steps(
@@ -173,5 +174,5 @@ def speeds_of_ours(
     speeds: dict[str, float] = {}
     for (name, other), of_other in seconds.items():
         if name != "ours" and (other == precision or (name, precision) not in seconds):
-            speeds |= speed_over(name, seconds["ours", precision], of_other)
+            speeds |= speed_ratio(f"speed_over_{name}", seconds["ours", precision], of_other)
     return speeds

@@ -15,8 +15,8 @@ from lightning_dlrm.bench.measurement import (
     Measurement,
     add_rounds,
     check_numbers,
+    speed_ratio,
     time_rounds,
-    times_as_fast,
 )
 from lightning_dlrm.contracts.errors import UserError
 
@@ -73,8 +73,12 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         }
         seconds = time_rounds(contenders, args.rounds)
         speeds = {
-            what: times_as_fast(seconds[what, "ours", len(ids)], seconds[what, "baseline", len(few)])
-            * (len(ids) / len(few))
+            what: speed_ratio(
+                "speed_over_baseline",
+                seconds[what, "ours", len(ids)],
+                seconds[what, "baseline", len(few)],
+                len(ids) / len(few),
+            )
             for what in ("profiled", "generated")
         }
         measurements += [
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
                 precision="",
                 batch_size=0,
                 samples=accesses,
-                extra={"speed_over_baseline": speeds[what]} if implementation == "ours" else {},
+                extra=speeds[what] if implementation == "ours" else {},
             )
             for (what, implementation, accesses), of_rounds in seconds.items()
         ]

@@ -27,7 +27,7 @@ from lightning_dlrm.bench.contenders import (
 )
 from lightning_dlrm.bench.figures import draw_roofline
 from lightning_dlrm.bench.gpu import loss_targets, render_targets
-from lightning_dlrm.bench.measurement import Measurement, machine, times_as_fast
+from lightning_dlrm.bench.measurement import Measurement, machine, speed_ratio
 from lightning_dlrm.bench.paper import OPERATORS
 from lightning_dlrm.bench.processes import Worker
 from lightning_dlrm.bench.rendering import headline, render
@@ -123,6 +123,16 @@ def test_a_worker_makes_the_steps_it_is_asked_for(tmp_path: Path) -> None:
 def test_a_worker_that_fails_tells_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^loop failed: ValueError: no such thing$"):
         Worker("loop", [sys.executable, "-c", "raise ValueError('no such thing')"], tmp_path)
+    # This program's commands begin their last line with "error: ", as this one will.
+    with pytest.raises(UserError, match=r"^loop failed: no such folder$"):
+        Worker("loop", [sys.executable, "-c", "import sys; sys.exit('error: no such folder')"], tmp_path)
+
+
+def test_paths_for_the_peer_do_not_depend_on_the_folder_where_it_runs() -> None:
+    for given, expected in (("bin/python", str(Path.cwd() / "bin/python")), ("python3", "python3")):
+        args = argparse.Namespace(peer=Path("dlrm"), peer_python=given)
+        command = peer.peer_command(args, "module", "", "argument")
+        assert command[0] == expected and command[3] == str(Path.cwd() / "dlrm")
 
 
 def test_a_peer_that_cannot_run_is_one_line(tmp_path: Path) -> None:
@@ -157,9 +167,11 @@ def test_rows_have_the_promised_fields(
     for row in rows:
         assert set(row) >= FIELDS and row["work"] == arguments[0] and row["batch_size"] == 16
         assert row["samples_per_s"] == pytest.approx(16 / row["median_s"]) and row["floor_s"] > 0
-    first = capsys.readouterr().out.splitlines()[0]
-    compared = r"times as fast as plain PyTorch \([\d.]+ to [\d.]+ in the rounds\)"
-    assert re.search(rf"batch 16, 32-true, cpu: lightning_dlrm takes .* for 16 samples, .* {compared}", first)
+    said = capsys.readouterr().out.splitlines()
+    compared = r"(as fast as|slower than|as) plain PyTorch"
+    assert re.search(rf"batch 16, 32-true, cpu: lightning_dlrm takes .* for 16 samples, .* {compared}", said[0])
+    assert any(line.startswith("A ratio is the median of the rounds' ratios") for line in said)
+    assert arguments[0] == "lookup" or said[0].startswith("dlrm, tables of at most 50 rows, batch 16, ")
 
 
 @pytest.mark.parametrize("make", [OurStep, PlainStep])
@@ -231,15 +243,18 @@ def test_a_roofline_says_why_a_part_is_above_its_line(tmp_path: Path) -> None:
         assert reason in drawn and other not in drawn
 
 
-def test_a_fit_is_timed_step_by_step(tmp_path: Path) -> None:
+def test_a_fit_is_timed_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command runs in another folder, so that paths which the user gives must not be relative to it."""
     settings = RandomSettings(tables=(30, 40), dense=3, train_rows=256, validation_rows=16, test_rows=0)
     generate_random(settings, tmp_path / "data", progress=False)
-    options = ["--data", str(tmp_path / "data"), "--batch-size", "16", "--steps", "3", "--rounds", "2"]
-    assert main(["bench", "fit", *options, "--json", str(tmp_path / "rows.json")]) == 0
+    options = ["--data", "data", "--batch-size", "16", "--steps", "3", "--rounds", "2"]
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "fit", *options, "--json", "rows.json"]) == 0
     whole, bare, plain = json.loads((tmp_path / "rows.json").read_text())
     assert [row["implementation"] for row in (whole, bare, plain)] == ["ours", "ours", "baseline"]
     (least_bare, most_bare), (least_fit, most_fit) = _both_rounds(bare), _both_rounds(whole)
     assert least_bare / most_fit <= whole["of_bare_loop"] <= most_bare / least_fit
+    assert whole["case"] == "fit, data, batch 16, 32-true, cpu"
 
 
 def test_a_compiled_fit_is_asked_for_by_model_compile(tmp_path: Path) -> None:
@@ -257,7 +272,9 @@ def _both_rounds(row: dict) -> tuple[float, float]:
 
 def test_quotients_are_those_of_each_round() -> None:
     """Of a machine that takes twice as long in its second half, and where one round is disturbed."""
-    assert times_as_fast([1, 1, 2, 2, 9], [3, 3, 6, 6, 6]) == 3
+    found = speed_ratio("ratio", [1, 1, 2, 2, 9], [3, 3, 6, 6, 6])
+    assert found == {"ratio": 3, "ratio_low": 6 / 9, "ratio_high": 3}
+    assert speed_ratio("ratio", [1], [3], samples=2)["ratio"] == 6
 
 
 @pytest.mark.parametrize(
@@ -335,7 +352,7 @@ def test_a_table_of_one_round_has_no_spread_and_uncertain_rows_are_counted() -> 
         )  # fmt: skip
 
     said = render([row("ours", 1.0), row("peer", 2.0)])
-    assert "spread" not in said and said.count(" 1,230\n") == 2
+    assert "of one round, which shows no spread" in said and said.count(" 1,230\n") == 2 and "  spread  " not in said
     said = render([row("ours", 1.0, 1.1), row("peer", 2.0, 4.0)])
     assert said.count("The spread is the time of the slowest round minus that of the fastest.") == 1
     (warning,) = headline([row("ours", 1.0, 1.5), row("peer", 2.0, 4.0), row("baseline", 1.0, 1.1)])
@@ -348,3 +365,43 @@ def test_a_slow_profiler_is_named() -> None:
     assert "warning" not in paper.render_operators("32-true", columns, {"ours": steps, "baseline": steps})
     said = paper.render_operators("32-true", columns, {"ours": steps / 2.1, "baseline": steps})
     assert "warning: the profiler makes the step of ours over 2 times as long." in said
+
+
+@pytest.mark.parametrize(
+    ("ours", "peer", "table", "headline_words"),
+    [
+        ((1.0,), (3.0,), "3 times as fast as scikit-learn", None),
+        ((4.06,), (1.0,), "4.06 times slower than scikit-learn", None),
+        ((1.0, 1.0, 1.0), (3.0, 3.1, 3.2), "3.1 times as fast as scikit-learn (3 to 3.2 in the rounds)", None),
+        ((4.0, 4.2, 4.4), (1.0, 1.0, 1.0), "4.2 times slower than scikit-learn (4 to 4.4 in the rounds)", None),
+        (
+            (1.0, 1.0, 1.0),
+            (0.9, 0.98, 1.1),
+            "1.02 times slower than scikit-learn (1.11 times slower to 1.1 times as fast in the rounds)",
+            None,
+        ),
+        (
+            (1.0, 1.0, 1.0),
+            (2.0, 80.0, 90.0),
+            "80 times as fast as scikit-learn (2 to 90 in the rounds)",
+            "from 2 to 90 times as fast as scikit-learn",
+        ),
+        (
+            (1.0, 1.0, 1.0),
+            (0.5, 0.9, 2.0),
+            "1.11 times slower than scikit-learn (2 times slower to 2 times as fast in the rounds)",
+            "from 2 times slower to 2 times as fast as scikit-learn",
+        ),
+    ],
+)
+def test_a_ratio_says_how_sure_it_is(
+    ours: tuple[float, ...], peer: tuple[float, ...], table: str, headline_words: str | None
+) -> None:
+    """A slower contender is called slower, and the headline gives no ratio that the rounds contradict."""
+    extra = speed_ratio("speed_over_peer", ours, peer)
+    row = Measurement.of_rounds(
+        ours, work="auc", case="some", implementation="ours", device="cpu", precision="", batch_size=1, samples=10,
+        extra=extra,
+    )  # fmt: skip
+    assert f"    {table}\n" in render([row])
+    assert headline([row])[0].endswith(f" samples, {headline_words or table}")
