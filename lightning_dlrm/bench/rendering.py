@@ -179,7 +179,7 @@ def _comparison(row: Measurement, name: str, in_headline: bool = False) -> str:
         return f"{ratio} {words} {what}"
     numbers, words_of_range = amount(*range_)
     if in_headline and range_[1] - range_[0] > _LARGE_SPREAD * value:
-        return f"from {numbers} {words_of_range} {what}"
+        return f"in the rounds from {numbers} {words_of_range} {what}"
     return f"{ratio} {words} {what} ({numbers} in the rounds)"
 
 

@@ -14,7 +14,7 @@ from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build
 from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.contracts.terminal import binary_size
+from lightning_dlrm.contracts.terminal import aligned, binary_size
 from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, count_memory
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.network import ModelSize, model_size
@@ -28,14 +28,20 @@ def run(arguments: Sequence[str]) -> int:
     refuse_options_of_runs("params", arguments)
     if options.match is not None:
         return _match(options, rest)
+    for option in ("to", "by", "output"):
+        require(
+            getattr(options, option) is None, f"--{option} has no effect without --match: leave it out, or give --match"
+        )
     built = build_model_and_data(arguments, _parser())
-    sizes = count(built.module, getattr(built.datamodule, "batch_size", DEFAULT_BATCH_SIZE))
+    batch_size = getattr(built.datamodule, "batch_size", DEFAULT_BATCH_SIZE)
+    sizes = count(built.module, batch_size)
     if built.settings.json:
-        print(json.dumps(sizes, indent=1))
+        print(json.dumps(sizes | {"batch_size": batch_size}, indent=1))
     else:
         for name, value in sizes.items():
             human = f"  {binary_size(value):>10s}" if value and name.startswith("bytes") else ""
             print(f"{_TITLES[name]:32s}{'unknown' if value is None else f'{value:,}':>18}{human}")
+        print(f"Gradients are those of a batch of {batch_size:,} samples, with the vectors looked up.")
     return 0
 
 
@@ -56,7 +62,12 @@ def _add_matching_arguments(parser: Any) -> None:
         "dcn.yaml --to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
     )
     parser.add_argument("--to", nargs="+", default=None, help="configuration whose cost is matched, with its overlays")
-    parser.add_argument("--by", default="dense", help="the cost: total, dense (parameters), or flops (forward)")
+    parser.add_argument(
+        "--by",
+        default=None,
+        help="the cost: total, dense (parameters; the default), or flops (forward). If no widths come within "
+        f"{_NEAR:.0%} of it, nothing is written, and the exit code is 2",
+    )
     parser.add_argument("--output", default=None, help="the new configuration's file")
 
 
@@ -66,7 +77,9 @@ def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
             getattr(options, needed) is not None,
             f"--match needs --{needed}: params --match A.yaml --to B.yaml --by dense --output FILE",
         )
-    require(options.by in COSTS, f"--by {options.by} is not one of {', '.join(COSTS)}")
+    by = options.by or "dense"
+    require(by in COSTS, f"--by {by} is not one of {', '.join(COSTS)}")
+    require("--json" not in rest, "--json has no effect with --match: leave it out")
     lost = [option.partition("=")[0] for option in rest if option.startswith("--model.")]
     if lost:
         raise UserError(
@@ -78,10 +91,16 @@ def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
         for names in (options.match, options.to)
     )
     goal = theirs.module.size
-    widths, size = match(ours.module, vars(ours.settings.model.network.init_args), goal, options.by)
+    widths, size = match(ours.module, vars(ours.settings.model.network.init_args), goal, by)
     name, goal_name = (" + ".join(names) for names in (options.match, options.to))
-    lines = describe(Path(options.match[0]).stem, Path(options.to[0]).stem, size, goal, options.by)
-    header = [f"{name} with the hidden widths that come nearest to {goal_name} by {options.by}.", "", *lines]
+    found, wanted = COSTS[by](size), COSTS[by](goal)
+    if abs(found - wanted) > _NEAR * wanted:
+        raise UserError(
+            f"{name} cannot match {goal_name} by {by}: the nearest hidden widths give {found:,}, {wanted:,} is "
+            f"wanted, and only differences up to {_NEAR:.0%} are a match; choose another --by, or match the other model"
+        )
+    lines = describe(Path(options.match[0]).stem, Path(options.to[0]).stem, size, goal, by)
+    header = [f"{name} with the hidden widths that come nearest to {goal_name} by {by}.", "", *lines]
     write_config(options.match, widths, Path(options.output), header)
     print("\n".join(lines))
     print("; ".join(f"{name}: {values}" for name, values in widths.items()) + f"; written to {options.output}")
@@ -132,6 +151,8 @@ COSTS: Mapping[str, Callable[[ModelSize], int]] = {
 }
 WIDEST = 1 << 16
 """Largest width of a hidden layer that is tried."""
+_NEAR = 0.05
+"""Largest difference of two costs that match, as a share of the wanted cost."""
 
 
 def match(module: CTRModule, options: Mapping[str, Any], goal: ModelSize, by: str) -> tuple[dict[str, Any], ModelSize]:
@@ -187,14 +208,13 @@ def match(module: CTRModule, options: Mapping[str, Any], goal: ModelSize, by: st
 
 def describe(name: str, goal_name: str, found: ModelSize, goal: ModelSize, by: str) -> list[str]:
     """Return lines that compare the costs of both models; the matched cost is marked."""
-    lines = [f"{'':10s}{name:>22s}{goal_name:>22s}{'difference':>18s}"]
+    rows = [("", name, goal_name, "difference", "in percent", "")]
     costs = {"tables": lambda size: size.tables, **COSTS}
     for key, cost in costs.items():
         ours, theirs = cost(found), cost(goal)
-        share = f"{100 * (ours - theirs) / theirs:+9.3f}%" if theirs else ""
-        mark = "  matched" if key == by else ""
-        lines.append(f"{key:10s}{ours:>22,}{theirs:>22,}{ours - theirs:>+18,}{share}{mark}")
-    return lines
+        share = f"{(ours - theirs) / theirs:+,.3%}" if theirs else ""
+        rows.append((key, f"{ours:,}", f"{theirs:,}", f"{ours - theirs:+,}", share, "matched" * (key == by)))
+    return aligned(rows, left=(0, 5))
 
 
 def write_config(sources: Sequence[str], widths: Mapping[str, Any], output: Path, header: Sequence[str]) -> None:

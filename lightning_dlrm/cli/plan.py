@@ -76,7 +76,12 @@ def _parser() -> CommandParser:
         help="choose which tables stay in host memory, so that tables, their optimizer state and the rows of three "
         "batches take at most this much memory of one device: 8GiB",
     )
-    parser.add_argument("--skew", type=float, default=1.0, help="row i is drawn in proportion to (i + 1)^-skew")
+    parser.add_argument(
+        "--skew",
+        type=float,
+        default=1.0,
+        help="assumed: the k-th row of a table is looked up 1/k^skew times as often as its first row",
+    )
     parser.add_argument(
         "--counted",
         action="store_true",

@@ -11,7 +11,7 @@ import numpy as np
 from lightning_dlrm.cli.palette import OKABE_ITO, filling
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.terminal import aligned, binary_size, counted
-from lightning_dlrm.sharding.balance import HostPlacement
+from lightning_dlrm.sharding.balance import SMALL_BYTES, HostPlacement
 from lightning_dlrm.sharding.costs import RankCost, TableCost, TableLoad, imbalance
 from lightning_dlrm.sharding.plan import Plan
 
@@ -32,8 +32,8 @@ def describe_setup(setup: Mapping[str, Any]) -> str:
             are counted; ``plan``, the file of the plan, and ``device_memory``, or None.
 
     >>> describe_setup({"network": "DLRM", "configurations": ["dlrm.yaml"], "data": "demo data", "batch_size": 2048,
-    ...                 "ranks": 8, "skew": 1.0, "plan": None, "device_memory": None})
-    'DLRM of dlrm.yaml on demo data, global batch 2,048, 8 ranks; row i is looked up in proportion to (i + 1)^-1'
+    ...                 "ranks": 8, "skew": 0.0, "plan": None, "device_memory": None})
+    'DLRM of dlrm.yaml on demo data, global batch 2,048, 8 ranks; assumed: rows of a table are looked up equally often'
     """
     ranks, skew, file = setup["ranks"], setup["skew"], setup["plan"]
     if setup["device_memory"] is not None:
@@ -43,9 +43,10 @@ def describe_setup(setup: Mapping[str, Any]) -> str:
     if skew is None:
         lookups = "lookups as counted in the dataset"
     elif skew == 0:
-        lookups = "all rows of a table are looked up equally often"
+        lookups = "assumed: rows of a table are looked up equally often"
     else:
-        lookups = f"row i is looked up in proportion to (i + 1)^{-skew:g}"
+        power = "" if skew == 1 else f"^{skew:g}"
+        lookups = f"assumed: the k-th row of a table is looked up 1/k{power} times as often as its first row"
     return f"{describe_subject(setup)}, global batch {setup['batch_size']:,}, {where}; {lookups}"
 
 
@@ -98,9 +99,10 @@ def describe_plan(
         lines.append(_line("mean", _summary(costs, statistics.fmean), host, held, size))
         lines.append(_line("largest", _summary(costs, max), host, held, size))
     text = [
-        *aligned(lines, left=()),
+        f"{held[0]}: memory of a rank's rows and their optimizer state",
         "requested: rows, or sums of a bag's rows, looked up for all ranks in a step",
         f"{unit} ids, vectors, gradients: what a rank sends in a training step",
+        *aligned(lines, left=()),
     ]
     pieces_of = {load: plan.pieces_within(load.name, load.start, load.start + load.rows) for load in loads}
     cut = [load for load in loads if len(pieces_of[load]) > 1]
@@ -113,8 +115,9 @@ def describe_plan(
             rows.append((load.name, f"{load.rows:,}", str(len(pieces)), str(ranks), f"{first:,}", f"{largest:,}"))
         text += [
             "",
-            *aligned(rows, left=()),
+            "Tables in several pieces; pieces of rows that are looked up often are small.",
             "first piece: rows of the piece that begins at row 0",
+            *aligned(rows, left=()),
         ]
     bags = [(load, cost) for load, cost in zip(loads, of_tables, strict=True) if load.indices_per_sample > 1]
     if bags and plan.ranks > 1:
@@ -124,8 +127,8 @@ def describe_plan(
             sums = _in_unit(as_sums) if math.isfinite(as_sums) else "impossible"
             how = "sums" if load.name in plan.pooled else "rows"
             ways.append((load.name, f"{load.indices_per_sample:.3g}", _in_unit(as_rows), sums, how))
-        text += ["", *aligned(ways, left=())]
-        text.append(f"{unit}: what all ranks send in a training step; sums: of a bag's rows on one rank")
+        text += ["", f"{unit}: what all ranks send in a training step; sums: of a bag's rows on one rank"]
+        text += aligned(ways, left=())
     text += [
         "",
         f"{counted(len(loads), 'table')}, {len(loads) - len(cut)} whole, in {counted(len(plan.pieces), 'piece')} on "
@@ -133,6 +136,10 @@ def describe_plan(
         f"largest share / mean: bytes {imbalance([c.bytes for c in costs]):.3f}, "
         f"requested rows {imbalance([c.work for c in costs]):.3f}",
     ]
+    if plan.ranks > 1 and statistics.fmean(cost.bytes for cost in costs) < SMALL_BYTES:
+        text.append(
+            f"Bytes are balanced from {binary_size(SMALL_BYTES)} a rank on; below it, tables have fewer pieces."
+        )
     return "\n".join(text)
 
 
@@ -159,8 +166,8 @@ def describe_places(places: HostPlacement, loads: Sequence[TableLoad]) -> str:
         return f"{_in_unit(size / size_of_unit)} {unit}"
 
     return (
-        f"{table}\nrows fetched: before each step, from host memory, and written back after it\n"
-        "served: share of the lookups that read rows on the device\n\n"
+        "rows fetched: before each step, from host memory, and written back after it\n"
+        f"served: share of the lookups that read rows on the device\n{table}\n\n"
         f"device: {amount(places.device_bytes)}, of which {amount(places.cached_bytes)} for cached rows;\n"
         f"host: {amount(places.host_bytes)}; a step moves {binary_size(places.bus_bytes)} either way"
     )

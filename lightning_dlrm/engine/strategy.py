@@ -39,8 +39,9 @@ class EmbeddingShardedDDP(DDPStrategy):
     more. Gradients of tables and dense layers equal those of one process on the global batch.
 
     Args:
-        plan: YAML file written by the command plan; by default the plan that it prints for ids drawn in proportion to
-            1 / (row + 1). If a run logs a parallel/work_imbalance far above 1, use the plan of ``plan --counted``.
+        plan: YAML file written by the command plan; by default the plan that it prints if the k-th row of a table is
+            looked up 1/k times as often as its first row. If a run logs a parallel/work_imbalance far above 1, use the
+            plan of ``plan --counted``.
         memory_per_rank: most memory of tables and their optimizer state, such as 80GiB, or one amount for each rank,
             separated by commas; None for no limit. Tables in host memory (tables.on_host) do not count. A plan from a
             file ignores it.

@@ -1,10 +1,10 @@
 """Planner: distributes tables over ranks by their sizes and traffic, without torch.
 
-A plan balances two quantities: bytes (parameters and optimizer state), and work, which is the number of rows that all
-ranks request of one rank for a global batch. Work counts the unique rows of each rank's slice, not of the whole
-batch, since a row that every slice needs is sent to every rank. Row i of a table is drawn in proportion to
-(i + 1)^-skew (Zipf's law), so a piece at the head of a table can be small and busy, and a piece at its tail large and
-idle.
+A plan balances two quantities: bytes (parameters and optimizer state; not below ``SMALL_BYTES`` of a rank), and work,
+which is the number of rows that all ranks request of one rank for a global batch. Work counts the unique rows of each
+rank's slice, not of the whole batch, since a row that every slice needs is sent to every rank. Row i of a table is
+drawn in proportion to (i + 1)^-skew (Zipf's law), so a piece at the head of a table can be small and busy, and a piece
+at its tail large and idle.
 
 If bags hold several ids, a rank may send sums instead of rows: for each bag, one sum of the rows that the rank holds.
 A plan pools the tables for which sums take fewer bytes than unique rows. The balance counts rows even for these: the
@@ -31,6 +31,8 @@ _CHUNKS_PER_RANK = (1, 2, 4, 8)
 _GOOD_IMBALANCE = 1.1
 MOST_RANKS = 4096
 """A plan for more would take longer than 10 s."""
+SMALL_BYTES = 1 << 20
+"""If a rank's fair share of the bytes is less than this, they are not balanced: only work is, in fewer pieces."""
 # A rank with this many times its fair load gets no more while other ranks have less.
 _FULL = 1.02
 # The smallest share of a fair load that is worth cutting a piece for.
@@ -165,7 +167,7 @@ def _distribute(
 ) -> tuple[list[Piece], float]:
     """Return pieces and their imbalance; no piece has more than 1 / ``chunks`` of a rank's fair load."""
     ranks = len(limits)
-    fair_bytes = _fair_bytes(sum(table.bytes for table in tables), limits)
+    fair_bytes = [max(share, SMALL_BYTES) for share in _fair_bytes(sum(table.bytes for table in tables), limits)]
     fair_work = sum(t.below(table.rows) for t, table in zip(traffic, tables, strict=True)) / ranks
     largest_bytes, largest_work = max(fair_bytes) / chunks, max(fair_work / chunks, 1e-9)
 
@@ -179,9 +181,7 @@ def _distribute(
         for start, stop in _cut(table, t, largest_bytes, largest_work)
     ]
     heapq.heapify(waiting)
-    loads = _Loads(
-        np.array(limits), np.maximum(fair_bytes, 1e-9), max(fair_work, 1e-9), np.zeros(ranks), np.zeros(ranks)
-    )
+    loads = _Loads(np.array(limits), np.array(fair_bytes), max(fair_work, 1e-9), np.zeros(ranks), np.zeros(ranks))
     placed: list[tuple[int, int, int, int]] = []
     while waiting:
         _, i, start, stop = heapq.heappop(waiting)

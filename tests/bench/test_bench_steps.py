@@ -384,13 +384,13 @@ def test_a_slow_profiler_is_named() -> None:
             (1.0, 1.0, 1.0),
             (2.0, 80.0, 90.0),
             "80 times as fast as scikit-learn (2 to 90 in the rounds)",
-            "from 2 to 90 times as fast as scikit-learn",
+            "in the rounds from 2 to 90 times as fast as scikit-learn",
         ),
         (
             (1.0, 1.0, 1.0),
             (0.5, 0.9, 2.0),
             "1.11 times slower than scikit-learn (2 times slower to 2 times as fast in the rounds)",
-            "from 2 times slower to 2 times as fast as scikit-learn",
+            "in the rounds from 2 times slower to 2 times as fast as scikit-learn",
         ),
     ],
 )

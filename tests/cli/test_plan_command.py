@@ -8,26 +8,33 @@ import pytest
 
 from lightning_dlrm.__main__ import main
 
+ZIPF = "assumed: the k-th row of a table is looked up 1/k"
 SMALL = ["plan", "--config", "dlrm.yaml", "--data.demo.max_table_rows", "20"]
 
 
 @pytest.mark.parametrize(
     ("options", "setup"),
     [
-        ("", "1 rank; row i is looked up in proportion to (i + 1)^-1"),
-        ("--trainer.devices 2 --trainer.num_nodes 3 --skew 1.05", "6 ranks; row i is looked up in pro"),
-        ("--trainer.devices 2 --ranks 3 --skew 0", "3 ranks; all rows of a table are looked up equally often"),
-        ("--trainer.devices [0,1]", "2 ranks; row i"),
-        ("--trainer.devices 0,1,2", "3 ranks; row i"),
-        ("--trainer.devices auto", "1 rank; row i"),
-        ("--trainer.devices -1 --skew 1.5", "1 rank; row i is looked up in proportion to (i + 1)^-1.5"),
-        ("--device-memory 1GiB", "1 device with 1GiB; row i"),
-        ("--device-memory 1GiB --trainer.devices 2", "2 devices with 1GiB each; row i"),
+        ("", f"1 rank; {ZIPF} times as often as its first row"),
+        (
+            "--trainer.devices 2 --trainer.num_nodes 3 --skew 1.05",
+            f"6 ranks; {ZIPF}^1.05 times",
+        ),
+        ("--trainer.devices 2 --ranks 3 --skew 0", "3 ranks; assumed: rows of a table are looked up equally often"),
+        ("--trainer.devices [0,1]", "2 ranks; assumed: the k-th row"),
+        ("--trainer.devices 0,1,2", "3 ranks; assumed: the k-th row"),
+        ("--trainer.devices auto", "1 rank; assumed: the k-th row"),
+        (
+            "--trainer.devices -1 --skew 1.5",
+            f"1 rank; {ZIPF}^1.5 times as often as its first row",
+        ),
+        ("--device-memory 1GiB", "1 device with 1GiB; assumed: the k-th row"),
+        ("--device-memory 1GiB --trainer.devices 2", "2 devices with 1GiB each; assumed: the k-th row"),
     ],
 )
 def test_the_first_line_says_what_the_plan_is_for(options: str, setup: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--config", "small.yaml", *options.split()]) == 0
-    line = capsys.readouterr().out.splitlines()[0]
+    line = " ".join(capsys.readouterr().out.partition("\n\n")[0].split())
     assert line.startswith(f"DLRM of dlrm.yaml + small.yaml on demo data, global batch 2,048, {setup}"), line
     assert main([*SMALL, *options.split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -11,12 +11,12 @@ import yaml
 from torch import Tensor
 
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.cli.params import COSTS, count, match
+from lightning_dlrm.cli.params import COSTS, count, describe, match
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.network import CTRNetwork, model_size
+from lightning_dlrm.models.network import CTRNetwork, ModelSize, model_size
 from tests.toy import TABLES, toy_dlrm, toy_module, toy_schema
 
 
@@ -83,6 +83,14 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "--by size is not one of" in refusal("--match", "dcn.yaml", "--to", "dlrm.yaml", "--by", "size", *output)
     message = refusal("--match", "matrix_factorization.yaml", "--to", "dlrm.yaml", *output)
     assert "MatrixFactorization has no hidden layers" in message
+    assert "--json has no effect with --match" in refusal("--match", "dcn.yaml", "--to", "dlrm.yaml", "--json", *output)
+    far = refusal("--match", "dcn.yaml", "--to", "logistic_regression.yaml", *output)
+    assert far.startswith("error: dcn.yaml cannot match logistic_regression.yaml by dense: the nearest hidden ")
+    assert "only differences up to 5% are a match; choose another --by" in far and far.count("\n") == 1
+    for option in ("--to=dcn.yaml", "--by=total", "--output=x.yaml"):
+        said = f"{option.partition('=')[0]} has no effect without --match"
+        assert said in refusal("--config", "dlrm.yaml", option)
+    assert not list(tmp_path.iterdir())
 
 
 def test_overlays_belong_to_the_configurations(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -101,3 +109,18 @@ def test_overlays_belong_to_the_configurations(tmp_path: Path, capsys: pytest.Ca
     assert model["network"]["init_args"]["cross_layers"] == 2
     assert model["dense_optimizer"] == {"class_path": "SGD", "init_args": {"learning_rate": 0.5}}
     assert f"dcn.yaml + {overlay}" in output.read_text()
+
+
+def test_columns_stay_apart_however_large_the_numbers() -> None:
+    small, large = (ModelSize(tables=0, dense=dense, flops_per_sample_forward=dense) for dense in (2, 123_456_789_012))
+    header, *lines = describe("a", "b", large, small, "total")
+    assert all(len(line.split()) == 5 + line.endswith("matched") and len(line) <= 90 for line in lines[1:])
+    assert "in percent" in header
+
+
+def test_the_batch_of_the_gradients_is_named(capsys: pytest.CaptureFixture) -> None:
+    arguments = ["params", "--config", "dlrm.yaml", "--data.batch_size", "512"]
+    assert main(arguments) == 0
+    assert "Gradients are those of a batch of 512 samples" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["batch_size"] == 512

@@ -155,7 +155,7 @@ def test_expected_distinct_rows_are_those_of_the_sum(rows: int, skew: float) -> 
 
 @pytest.mark.parametrize("skew", [0.0, 1.1])
 def test_ranges_of_a_table_have_its_traffic_between_them_and_a_plan_of_their_own(skew: float) -> None:
-    whole = TableLoad(name="C1", rows=50_000, width=4, bytes_per_row=16, skew=skew)
+    whole = TableLoad(name="C1", rows=50_000, width=40, bytes_per_row=160, skew=skew)
     hot = replace(whole, rows=400, table_rows=50_000)
     cold = replace(whole, rows=49_600, start=400, table_rows=50_000, on_host=True)
     of_whole, of_hot, of_cold = (UniqueRows(load, 3000) for load in (whole, hot, cold))
@@ -170,6 +170,15 @@ def test_ranges_of_a_table_have_its_traffic_between_them_and_a_plan_of_their_own
     assert sum(cost.host_bytes for cost in costs) == cold.bytes and "C1" not in plan.pooled
     assert sum(cost.bytes_of_table["C1"] for cost in costs) == whole.bytes
     assert max(cost.host_bytes for cost in costs) < 1.2 * cold.bytes / 3
+
+
+@pytest.mark.parametrize("rows", [(911, 20, 300, 5, 12, 3), (911, 911, 911)])
+def test_small_tables_are_cut_for_work_alone(rows: tuple[int, ...]) -> None:
+    """Kibibytes need no balance: with it, each of these tables would have up to 30 pieces."""
+    tables = loads(rows, width=16)
+    plan = make_plan(tables, 8, 2048)
+    assert max(map(len, plan.tables.values())) <= 10 and len(plan.pieces) < 20
+    assert imbalance([cost.work for cost in rank_costs(plan, tables, 2048)]) < 1.1
 
 
 def test_counted_rows_are_busy_wherever_they_are() -> None:
@@ -310,9 +319,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*command, "--plan", str(plan), "--plot", str(figure), "--output", str(tmp_path / "again.yaml")]) == 0
     said = capsys.readouterr().out
     setup, _, table = said.partition("\n\n")
-    zipf = "row i is looked up in proportion to (i + 1)^-1"
-    assert setup == f"DLRM of dlrm.yaml on demo data, global batch 2,048, 8 ranks of the plan {plan}; {zipf}"
-    assert table.lstrip().startswith("rank ") and "on 8 ranks" in said
+    zipf = "assumed: the k-th row of a table is looked up 1/k times as often as its first row"
+    subject = f"DLRM of dlrm.yaml on demo data, global batch 2,048, 8 ranks of the plan {plan}"
+    assert " ".join(setup.split()) == f"{subject}; {zipf}"
+    assert said.index("requested: ") < said.index("\nrank  ") < said.index("first piece: ") < said.index("table  ")
+    assert "on 8 ranks" in table and "Bytes are" not in said
+    assert main([*command, "--ranks", "8", "--data.demo.max_table_rows", "911"]) == 0
+    assert "Bytes are balanced from 1 MiB a rank on" in capsys.readouterr().out
     assert f"plan written to {tmp_path / 'again.yaml'}\ndrawing written to {figure}\n" in said
     assert main([*command, "--ranks", "2", "--memory-per-rank", "1GiB"]) == 2
     assert " 12.7 MiB too few: give 1 more rank of 1 GiB, or" in capsys.readouterr().err
