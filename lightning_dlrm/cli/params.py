@@ -66,7 +66,7 @@ def _add_matching_arguments(parser: Any) -> None:
         "--by",
         default=None,
         help="the cost: total, dense (parameters; the default), or flops (forward). If no widths come within "
-        f"{_NEAR:.0%} of it, nothing is written, and the exit code is 2",
+        f"{100 * _NEAR:.0f} percent of it, nothing is written, and the exit code is 2",
     )
     parser.add_argument("--output", default=None, help="the new configuration's file")
 
