@@ -165,9 +165,9 @@ def describe_places(places: HostPlacement, loads: Sequence[TableLoad]) -> str:
     def amount(size: float) -> str:
         return f"{_in_unit(size / size_of_unit)} {unit}"
 
+    legend = "rows fetched: before each step, from host memory, and written back after it\n" * bool(places.on_host)
     return (
-        "rows fetched: before each step, from host memory, and written back after it\n"
-        f"served: share of the lookups that read rows on the device\n{table}\n\n"
+        f"{legend}served: share of the lookups that read rows on the device\n{table}\n\n"
         f"device: {amount(places.device_bytes)}, of which {amount(places.cached_bytes)} for cached rows;\n"
         f"host: {amount(places.host_bytes)}; a step moves {binary_size(places.bus_bytes)} either way"
     )
