@@ -180,7 +180,7 @@ def _comparison(row: Measurement, name: str, in_headline: bool = False) -> str:
     numbers, words_of_range = amount(*range_)
     if in_headline and range_[1] - range_[0] > _LARGE_SPREAD * value:
         return f"in the rounds from {numbers} {words_of_range} {what}"
-    return f"{ratio} {words} {what} ({numbers} in the rounds)"
+    return f"{ratio} {words} {what} (rounds: {numbers.replace(' times', '')})"
 
 
 def _share(low: float, high: float) -> tuple[str, str]:
