@@ -28,6 +28,7 @@ from lightning_dlrm import __main__ as entry
 from lightning_dlrm.cli import parser as cli
 from lightning_dlrm.cli.importing import make_parser as import_parser
 from lightning_dlrm.cli.params import _parser as params_parser
+from lightning_dlrm.cli.plain_parser import HelpParser, typed_form, words_of
 from lightning_dlrm.cli.plan import _parser as plan_parser
 from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.compare.options import make_parser as compare_parser
@@ -42,7 +43,7 @@ OURS = {
     "published": "published scores (metric, value, source), shown at the end of a run and in reports",
 }
 """Options whose help is Lightning's, or is long -> what they mean here."""
-LEFT_OUT = ("weights_only", "return_predictions", "published.help", "trust")
+LEFT_OUT = ("help", "published.help", "trust")
 DATA = ("Clicks", "Criteo", "CriteoKaggle", "CriteoTerabyte", "DemoSettings", "RandomData", "TraceData")
 SECTIONS = ("model", "data", "trainer", "checkpoint", "wandb")
 
@@ -80,26 +81,12 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("``", "`").replace("|", "\\|").replace("<", "&lt;")
 
 
-def help_of(action: argparse.Action) -> str:
-    """Return the help of an option, with its default filled in."""
-    text = (action.help or "") % {"default": action.default, "prog": ""} if action.help else ""
-    if action.choices is not None and action.metavar is None and not isinstance(action.choices, dict):
-        listed = ", ".join(f"`{choice}`" for choice in action.choices)
-        text = f"{text}{': ' if text else ''}{listed}" if listed not in text else text
-    return text
-
-
 def option_table(actions: Iterable[argparse.Action]) -> str:
     rows = []
     for action in actions:
-        if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
-            continue
-        name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
-        # A name in capitals that repeats the option says nothing.
-        metavar = " ".join(action.metavar) if isinstance(action.metavar, tuple) else str(action.metavar or "")
-        named = "" if action.nargs == 0 or not action.option_strings or action.dest == "print_config" else metavar
-        value = f" {named}" if named and named.lower() != action.dest else ""
-        rows.append(f"| `{name}{value}` | {cell(OURS.get(action.dest) or help_of(action))} |")
+        # A name in capitals that repeats the option says nothing; jsonargparse writes print_config with a backspace.
+        name = typed_form(action).partition(" \b")[0].removesuffix(f" {action.dest.upper()}")
+        rows.append(f"| `{name}` | {cell(OURS.get(action.dest) or words_of(action))} |")
     return "\n".join(["| option | meaning |", "|---|---|", *rows]) if rows else ""
 
 
@@ -115,23 +102,24 @@ def plain_command(name: str) -> str:
     parser = entry.PlainParser(prog=f"python -m lightning_dlrm {name}", description=entry.COMMANDS[name])
     getattr(importlib.import_module(module), add_arguments)(parser)
     parts = [f"## {name}\n\n{described(parser)}"]
-    choices: list[argparse._SubParsersAction] = [
-        a for a in parser._actions if isinstance(a, argparse._SubParsersAction)
-    ]
-    if not choices:
-        return parts[0] + option_table(parser._actions) + "\n"
-    for work, inner in choices[0].choices.items():
+    if parser.works is None:
+        return parts[0] + option_table(all_of(parser)) + "\n"
+    for work, inner in parser.works.choices.items():
         inner.complete()
         inner = import_parser() if (name, work) == ("checkpoint", "import") else inner
-        parts.append(f"### {name} {work}\n\n{described(inner)}{option_table(inner._actions)}\n")
+        parts.append(f"### {name} {work}\n\n{described(inner)}{option_table(all_of(inner))}\n")
     return "\n".join(parts)
 
 
-def own_actions(parser: argparse.ArgumentParser, known: Iterable[str] = ()) -> list[argparse.Action]:
+def all_of(parser: HelpParser) -> list[argparse.Action]:
+    return [action for actions in parser.sections.values() for action in actions]
+
+
+def own_actions(parser: cli.CommandParser, known: Iterable[str] = ()) -> list[argparse.Action]:
     """Return the options of a parser that are no keys of a section."""
     skipped = (*SECTIONS, *LEFT_OUT, *known)
-    found = [action for action in parser._actions if action.option_strings]
-    return [action for action in found if action.dest not in skipped and action.dest.split(".")[0] not in skipped]
+    listed = parser.listed_actions()
+    return [action for action in listed if action.dest not in skipped and action.dest.split(".")[0] not in skipped]
 
 
 def configured_command(name: str, actions: list[argparse.Action]) -> str:
@@ -151,7 +139,7 @@ def commands_page() -> str:
             parts.append(configured_command(name, own_actions(own[name], names) if name in own else []))
         elif name == "compare":
             found = compare_parser()
-            parts.append(f"## compare\n\n{described(found)}{option_table(found._actions)}\n")
+            parts.append(f"## compare\n\n{described(found)}{option_table(all_of(found))}\n")
         else:
             parts.append(plain_command(name))
     return "\n".join(parts)

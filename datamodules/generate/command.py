@@ -273,7 +273,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _run_log,
         ),
     ):
-        kind = kinds.add_parser(name, help=words, description=description)
+        kind = kinds.add_parser(name, summary=words, description=description)
         required = [f"{option} {settings['metavar']}" for option, settings in options if settings.get("required")]
         # Two lines if it would be longer than a terminal.
         between = " " if len(required) < 3 else "\n           "

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, "bench COMMAND --help lists the options of a command."
     works = parser.add_subparsers(dest="work", required=True, metavar="COMMAND")
     for name, text in WORKS.items():
-        works.add_parser(name, help=text, add_options=partial(_add_options, name))
+        works.add_parser(name, summary=text, add_options=partial(_add_options, name))
 
 
 def _add_options(work: str, parser: argparse.ArgumentParser) -> None:

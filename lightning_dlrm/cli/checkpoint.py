@@ -51,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "import has its own options: checkpoint import --help"
     works = parser.add_subparsers(dest="work", required=True, metavar="COMMAND")
     # Only for the list in --help: ``import`` takes the options of fit and has a parser of its own.
-    works.add_parser("import", help="make a checkpoint of parameters that facebookresearch/dlrm saved")
+    works.add_parser("import", summary="make a checkpoint of parameters that facebookresearch/dlrm saved")
     for name, text in _WORKS.items():
         description = f"{text[0].upper()}{text[1:]}.\n\n{_EXAMPLES[name]}"
-        work = works.add_parser(name, help=text, description=description)
+        work = works.add_parser(name, summary=text, description=description)
         work.add_argument("checkpoint", type=Path, metavar="PATH", help="checkpoint folder")
         if name == "info":
             work.add_argument(

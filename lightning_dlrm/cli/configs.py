@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lightning_dlrm.contracts.documents import YAML_FAULTS, read_yaml, yaml_fault
-from lightning_dlrm.contracts.errors import UserError, joined, listed, nearest, require
+from lightning_dlrm.contracts.errors import UserError, joined, listed, nearest, require, shown_path
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names, yaml_files_beside
 from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
@@ -33,6 +33,11 @@ def find_config(name: str) -> Path:
     for candidate in (Path(expand_home(name)), shipped_configs() / name):
         if candidate.is_file():
             return candidate
+    if (folder := Path(expand_home(name))).is_dir():
+        of_run = folder / "config.yaml"
+        raise UserError(
+            f"{name} is a folder; expected a YAML file{f', such as {shown_path(of_run)}' * of_run.is_file()}"
+        )
     known = [*yaml_files_beside(name), *(one for one in shipped_names() if not one.startswith(SCHEMAS))]
     # The common ending must not count as similarity.
     wanted = name.removesuffix(".yaml") + ".yaml"
@@ -158,6 +163,7 @@ def file_with_key(arguments: Sequence[str], key: str) -> str | None:
     """
     if option_with_key(arguments, key) is not None:
         return None
+    key = key.replace(".init_args", "")
     for name in reversed(given_configs(arguments)):
         keys = (f".{found.replace('.init_args', '')}" for found in flat(read_yaml(find_config(name))))
         if any(found.endswith(f".{key}") or found.startswith(f".{key}.") for found in keys):
@@ -173,6 +179,7 @@ def option_with_key(arguments: Sequence[str], key: str) -> str | None:
         arguments: of a command line.
         key: a full key, or its last parts.
     """
+    key = key.replace(".init_args", "")
     for option in reversed([argument.partition("=")[0] for argument in arguments if argument.startswith("--")]):
         name = f".{option.removeprefix('--').removesuffix('+').replace('.init_args', '')}"
         if name.endswith((f".{key}", f".{key}.help")):

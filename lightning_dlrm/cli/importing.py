@@ -1,6 +1,5 @@
 """``checkpoint import``: convert parameters of facebookresearch/dlrm to a checkpoint folder."""
 
-import argparse
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ too, as in fit.
   python -m lightning_dlrm predict --config dlrm.yaml --data.path DIR --ckpt_path imported"""
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> HelpParser:
     """Return the parser of the options of this command alone."""
     parser = HelpParser(
         prog="python -m lightning_dlrm checkpoint import",

@@ -4,19 +4,20 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from lightning_dlrm.cli.classes import OFFERED_CLASSES, PRECISIONS
-from lightning_dlrm.cli.configs import file_with_key, option_with_key
+from lightning_dlrm.cli.configs import file_with_key, find_config, flat, option_with_key
 from lightning_dlrm.cli.plain_parser import long_form, words_of_fault
 from lightning_dlrm.cli.short_help import EVALUATIONS
 from lightning_dlrm.cli.suggestions import suggested_keys
 from lightning_dlrm.cli.trust import refusal
-from lightning_dlrm.contracts.errors import listed, nearest, nearest_first
+from lightning_dlrm.contracts.documents import read_yaml
+from lightning_dlrm.contracts.errors import KIND_WORDS, in_yaml, listed, nearest, nearest_first
 from lightning_dlrm.tracking.run_folder import CONFIG
 
 _PUBLISHED = "a list of metric, value and source, such as [{metric: auc, value: 0.8, source: a paper}]"
@@ -40,6 +41,19 @@ def with_place(message: str, command: str, arguments: Sequence[str]) -> str:
         command: name of the command.
         arguments: of the command line.
     """
+    # Paths may hold spaces.
+    options = dict(itertools.pairwise(itertools.chain.from_iterable(argument.split("=", 1) for argument in arguments)))
+    network = file_with_key(arguments, "model.network")
+    if (
+        message.startswith("data: ")
+        and not network
+        and not any(part.startswith("--model.network") for part in arguments)
+    ):
+        message = f"{_NO_MODEL}, and give --data.path DIR"
+    if message == _NO_MODEL and network:
+        message = "model.network is null; expected a class, such as DLRM"
+    if element := re.fullmatch(r"([\w.]+) is (.+); expected (a whole number|a number|text)", message):
+        message = _of_element(message, element, arguments, options)
     if (found := re.match(r"unknown key ([\w.-]+)|([\w.]+)(?: is | takes |: )", message)) is not None:
         if found[1] and (typed := option_with_key(arguments, found[1])):
             return _as_option(message, found[1], typed)
@@ -52,9 +66,6 @@ def with_place(message: str, command: str, arguments: Sequence[str]) -> str:
                 return message.replace(option[1], given)
     if not message.startswith("no model is chosen") or command not in EVALUATIONS:
         return message
-    # Paths may hold spaces.
-    words = itertools.chain.from_iterable(argument.split("=", 1) for argument in arguments)
-    options = dict(itertools.pairwise(words))
     checkpoint = options.get("--ckpt_path")
     if checkpoint is None:
         run = Path("runs/NAME")
@@ -66,6 +77,18 @@ def with_place(message: str, command: str, arguments: Sequence[str]) -> str:
     else:
         run = Path(checkpoint).parents[1] if len(Path(checkpoint).parts) > 2 else Path("RUN")
     return f"no model is chosen: give the configuration of the checkpoint's run, --config {run / CONFIG}"
+
+
+def _of_element(message: str, found: re.Match[str], arguments: Sequence[str], options: Mapping[str, str]) -> str:
+    """Return the message about an element of a list as one about the list, which an option or a file gives."""
+    key = found[1].replace(".init_args", "")
+    if (option := option_with_key(arguments, key)) is not None:
+        given = options.get(option, "")
+    else:
+        file = file_with_key(arguments, key)
+        values = {} if file is None else flat(read_yaml(find_config(file)))
+        given = in_yaml(next((value for name, value in values.items() if name.replace(".init_args", "") == key), ""))
+    return f"{key} is {given}, but {found[2]} is not {found[3]}" if given.startswith("[") else message
 
 
 def _as_option(message: str, key: str, option: str) -> str:
@@ -90,6 +113,8 @@ def explain(message: str, known: Sequence[str]) -> str:
     given = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
     if explained := _explain_import(key, message):
         return explained
+    if loop := re.search(r"Config file loop detected: (\S+)", message):
+        return f"{key} is {loop[1]}, which holds other keys than those of a class; give a class, or --config {loop[1]}"
     # A nested parser has already shortened its message.
     if match := re.search(r"unknown key .*", message):
         words = match[0] if named is None else _with_full_keys(match[0], key)
@@ -131,6 +156,8 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"{key}: {match[1] or (given[1].strip() if given else 'this class')} is not a subclass of {match[2]}"
     if explained := _explain_section(key, given[1] if given else "", message):
         return explained
+    if classes_of(key) and (wrong := re.search(r"(?:Not a valid subclass|an import path).*Got value: (.*)", message)):
+        return f"{key} is {wrong[1]}; expected one of {listed(classes_of(key))}"
     if "collections.abc.Callable" in message:
         return _explain_factory(key, message)
     # The message lists the error of data's class, already shortened, and that data is not None.
@@ -228,10 +255,10 @@ def _type_words(types: str) -> str:
     """Return the types of a message in words.
 
     >>> _type_words("<class 'int'>, <class 'float'>, <class 'NoneType'>"), _type_words("<class 'pathlib.Path'>")
-    ('a number', 'Path')
+    ('a number', 'a path')
     """
     names = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types).split(", ")
-    words = {"int": "a number" if "float" in names else "a whole number", "float": "a number", "str": "text"}
+    words = KIND_WORDS | ({"int": "a number"} if "float" in names else {})
     return " or ".join(dict.fromkeys(words.get(name, name) for name in names if name not in ("NoneType", "Tensor")))
 
 
@@ -289,4 +316,4 @@ def classes_of(key: str) -> list[str]:
 
 def known_keys(parser: ArgumentParser) -> list[str]:
     """Return the keys of all options that a parser's help lists."""
-    return list(dict.fromkeys(re.findall(r"--([\w.-]+)", parser.format_help())))
+    return list(dict.fromkeys(re.findall(r"(?m)^  (?:-\w .*, )?--([\w.-]+)", parser.format_help())))

@@ -1,5 +1,6 @@
 """The options of a fit, which all commands with a model share, on Lightning's public argument parser."""
 
+import argparse
 import contextlib
 import logging
 import os
@@ -27,7 +28,7 @@ from lightning_dlrm.cli.mistakes import explain, known_keys, with_place
 from lightning_dlrm.cli.own_classes import require_arguments, schema_of
 from lightning_dlrm.cli.short_help import EVALUATIONS, SHORT_HELP, TRUST_HELP
 from lightning_dlrm.cli.trust import admit_arguments, check_values
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, in_yaml, require
 from lightning_dlrm.contracts.own_code import place_in_own_code
 from lightning_dlrm.contracts.terminal import wrapped
 from lightning_dlrm.engine.module import CTRModule
@@ -106,17 +107,23 @@ class CommandParser(LightningArgumentParser):
         super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
         self.allow_abbrev = False
 
+    def listed_actions(self) -> list[argparse.Action]:
+        """Return the options that the help lists."""
+        # jsonargparse makes its groups of the methods of this class: an own ``add_argument`` would be theirs too.
+        return [action for action in self._actions if action.option_strings and action.help != SUPPRESS]
+
     def print_help(self, file: Any = None) -> None:
         print(readable_help(self.format_help()), end="", file=file)
 
     def hide(self, keys: Sequence[str]) -> None:
         """Leave options out of the help: those of some keys, and of sections with these keys."""
-        for action in self._actions:
+        for action in self.listed_actions():
             if _first_key(action.dest) in keys:
                 action.help = SUPPRESS
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(" ".join(explain(message, known_keys(self)).split()))
+        words = " ".join(explain(message, known_keys(self)).split())
+        raise UserError(re.sub(r"\bNone\b", "null", words))
 
     def build(self, settings: Namespace) -> Namespace:
         """Return the settings with all classes instantiated.
@@ -262,12 +269,12 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
     try:
         with only_settings(part):
             settings = parser.parse_args(resolved)
+        for section in ("model", "trainer", "checkpoint", "wandb"):
+            found = settings[section]
+            require(isinstance(found, Namespace), f"{section} is {in_yaml(found)}; expected keys with values")
+        check_values(settings)
     except UserError as error:
         raise UserError(with_place(str(error), parser.prog.rpartition(" ")[2], arguments)) from error
-    for section in ("model", "trainer", "checkpoint", "wandb"):
-        found = settings[section]
-        require(isinstance(found, Namespace), f"{section} is {found}; expected keys with values")
-    check_values(settings)
     if settings.seed_everything is not False:
         given = None if settings.seed_everything is True else settings.seed_everything
         settings.seed_everything = pl.seed_everything(given, workers=True)

@@ -3,11 +3,10 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from lightning_dlrm.contracts.errors import UserError, joined, listed, nearest, nearest_first
+from lightning_dlrm.contracts.errors import KIND_WORDS, UserError, joined, listed, nearest, nearest_first
 from lightning_dlrm.contracts.terminal import filled, help_width, wrap_around_quotes
 
 _COLUMN = 29
@@ -15,30 +14,57 @@ _COLUMN = 29
 
 
 class HelpParser(argparse.ArgumentParser):
-    """An argparse parser without abbreviations that raises UserError; its help has the form of ``short_help``."""
+    """An argparse parser without abbreviations that raises UserError; its help has the form of ``short_help``.
 
-    def __init__(self, **options: Any) -> None:
-        # Lines are filled afterwards, without breaks within words.
-        formatter = partial(argparse.RawDescriptionHelpFormatter, width=100_000, max_help_position=_COLUMN)
-        super().__init__(**{"add_help": False} | options, formatter_class=formatter, allow_abbrev=False)
+    Args:
+        summary: words of this parser in the help of the parser whose subcommand it is.
+        options: options of ``argparse.ArgumentParser``.
+    """
+
+    def __init__(self, summary: str = "", **options: Any) -> None:
+        self.summary = summary
+        self.works: Any = None
+        """The action of the subcommands."""
+        self.sections: dict[str, list[argparse.Action]] = {"arguments": [], "options": []}
+        """Section of the help -> its arguments, as they were added."""
+        super().__init__(**{"add_help": False} | options, allow_abbrev=False)
         if options.get("add_help", True):
             self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        section = "options" if names[0].startswith("-") else "arguments"
+        return _noted(super().add_argument(*names, **options), self.sections[section])
+
+    def add_argument_group(self, *args: Any, **options: Any) -> Any:
+        return self._noting(super().add_argument_group(*args, **options))
+
+    def add_mutually_exclusive_group(self, **options: Any) -> Any:
+        return self._noting(super().add_mutually_exclusive_group(**options))
+
+    def add_subparsers(self, **options: Any) -> Any:
+        self.works = super().add_subparsers(**options)
+        return self.works
+
+    def _noting(self, group: Any) -> Any:
+        """Return a group of argparse whose arguments are noted in ``sections`` too."""
+        add, noted = group.add_argument, self.sections.setdefault(group.title or "options", [])
+        group.add_argument = lambda *names, **options: _noted(add(*names, **options), noted)
+        return group
+
+    def option_names(self) -> list[str]:
+        """Return the names of the options that the help lists."""
+        names = (name for actions in self.sections.values() for action in actions for name in action.option_strings)
+        return [name for name in names if name.startswith("--")]
+
     def format_help(self) -> str:
         """Return the help: usage, description, options with their words, epilog, filled to the terminal."""
-        words = self.description or "", self.epilog or ""
-        self.description, self.epilog = "DESCRIPTION", "EPILOG"
-        try:
-            usage, _, rest = super().format_help().partition("\n\nDESCRIPTION\n\n")
-        finally:
-            self.description, self.epilog = words
-        options = rest.removesuffix("EPILOG\n").strip("\n")
-        if self.usage is None:
-            names = re.findall(r"(?m)^  ([A-Z]\w*)\b", options)
-            usage = " ".join([f"usage: {self.prog}", *names, "[options]"])
-        groups = [_group(group) for group in options.split("\n\n")]
-        parts = [usage, filled(words[0]), *groups, filled(words[1])]
-        return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+        works = {} if self.works is None else {name: work.summary for name, work in self.works.choices.items()}
+        arguments = [*map(typed_form, self.sections["arguments"]), *([self.works.metavar] if works else [])]
+        usage = self.usage or " ".join([self.prog, *arguments, "[options]"])
+        parts = [f"usage: {usage}", filled(self.description or ""), _section("commands", works)]
+        for title, actions in self.sections.items():
+            parts.append(_section(title, {typed_form(action): words_of(action) for action in actions}))
+        return "\n\n".join(part.strip("\n") for part in [*parts, filled(self.epilog or "")] if part) + "\n"
 
     def error(self, message: str) -> NoReturn:
         """
@@ -60,12 +86,12 @@ class HelpParser(argparse.ArgumentParser):
 
     def words_of_missing(self, names: Sequence[str]) -> str:
         """Return which arguments are missing, and how they are given."""
-        actions = {name: action for action in self._actions for name in _names(action)}
-        first = actions.get(names[0])
         command = self.prog.removeprefix("python -m lightning_dlrm ")
-        if first is not None and not first.option_strings and first.choices is not None:
-            return f"nothing follows {command}; expected one of {listed(list(map(str, first.choices)), most=40)}"
-        usage = " ".join(_usage(name, actions.get(name)) for name in names)
+        if self.works is not None and names[0] == self.works.metavar:
+            return f"nothing follows {command}; expected one of {listed(list(self.works.choices), most=40)}"
+        actions = (action for actions in self.sections.values() for action in actions)
+        forms = {name: typed_form(action).rpartition(", ")[2] for action in actions for name in action.option_strings}
+        usage = " ".join(forms.get(name, name) for name in names)
         remedy = f"give {usage}" if names[0].startswith("-") else f"write {command} {usage}"
         return f"{joined(names, 'and')} {'is' if len(names) == 1 else 'are'} missing: {remedy}"
 
@@ -104,16 +130,13 @@ class PlainParser(HelpParser):
 
     def words_of_missing(self, names: Sequence[str]) -> str:
         """Return that an option is unknown, which may be a required one with a typing error, or what is missing."""
-        known = self._known()
+        known = self.option_names()
         options = [word.partition("=")[0] for word in self._given if word.startswith("--") and word != "--"]
         unknown = [name for name in options if name not in known and name != "--debug"]
         return self.words_of_unknown(unknown[0]) if unknown else super().words_of_missing(names)
 
     def words_of_unknown(self, word: str) -> str:
-        return f"unknown {_noun(word)} {word}{nearest(word, self._known())}"
-
-    def _known(self) -> Sequence[str]:
-        return re.findall(r"--[\w.-]+", self.format_help())
+        return f"unknown {'option' if word.startswith('-') else 'argument'} {word}{nearest(word, self.option_names())}"
 
 
 def join_negative_values(arguments: Sequence[str]) -> list[str]:
@@ -132,36 +155,33 @@ def join_negative_values(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _group(text: str) -> str:
-    """Return a group of options or of subcommands with the words of all entries at one column."""
-    title, *lines = text.splitlines()
-    entries: list[tuple[str, str]] = []
-    for line in lines:
-        if line.startswith(" " * 10):
-            entries[-1] = entries[-1][0], line.strip()
-        else:
-            name, _, words = line.strip().partition("  ")
-            entries.append((re.sub(r"(\S+) \[\1 \.\.\.\]", r"\1...", name), words.strip()))
-    column = _COLUMN
-    if title == "positional arguments:":
-        # The argument for subcommands has no words, and is followed by them.
-        has_commands = not entries[0][1] and len(entries) > 1
-        title, entries = ("commands:", entries[1:]) if has_commands else ("arguments:", entries)
-        column = max(len(name) for name, _ in entries) + 4
-    entries = [_with_choices(name, words) for name, words in entries]
-    return "\n".join([title, *(part for name, words in entries for part in _entry(name, words, column))])
+def _noted(action: argparse.Action, actions: list[argparse.Action]) -> argparse.Action:
+    """Append an argument to a list, unless the help does not list it; return it."""
+    actions += [action] * (action.help != argparse.SUPPRESS)
+    return action
 
 
-def _with_choices(name: str, words: str) -> tuple[str, str]:
-    """Return the name of an option and its words, with the choices of its value among the words.
+def typed_form(action: argparse.Action) -> str:
+    """Return an argument as it is typed, such as ``-c, --config FILE``."""
+    given = action.metavar or ("NAME" if action.choices else action.dest.upper())
+    value = given if isinstance(given, str) else " ".join(given)
+    names = ", ".join(action.option_strings)
+    return names if action.nargs == 0 else f"{names} {value}{'...' * (action.nargs == '+')}".strip()
 
-    >>> _with_choices("--device {cpu,cuda}", "where to compute (default: cpu)")
-    ('--device NAME', 'cpu or cuda: where to compute (default: cpu)')
-    """
-    if (found := re.search(r"\{(.+)\}$", name)) is None:
-        return name, words
-    choices = joined(found[1].split(","), "or")
-    return f"{name[: found.start()]}NAME", f"{choices}{'' if words.startswith('(') else ':'} {words}".rstrip(": ")
+
+def words_of(action: argparse.Action) -> str:
+    """Return the words of an argument in the help, with its default, and its choices if they are not its metavar."""
+    words = (action.help or "") % vars(action)
+    if not action.choices or action.metavar is not None:
+        return words
+    return f"{joined(list(map(str, action.choices)), 'or')}{'' if words.startswith('(') else ':'} {words}".rstrip(": ")
+
+
+def _section(title: str, entries: Mapping[str, str]) -> str:
+    """Return a section of the help with the words of all entries at one column; an empty text if it has no entries."""
+    column = max([0, *map(len, entries)]) + 4 if title in ("arguments", "commands") else _COLUMN
+    lines = (line for name, words in entries.items() for line in _entry(name, words, column))
+    return "\n".join([f"{title}:", *lines]) if entries else ""
 
 
 def _entry(name: str, words: str, column: int) -> list[str]:
@@ -172,19 +192,14 @@ def _entry(name: str, words: str, column: int) -> list[str]:
     return [f"  {name:{column - 2}}{lines[0][column:]}".rstrip(), *lines[1:]]
 
 
-_KINDS = {"int": "a whole number", "float": "a number"}
-"""Type of an option -> what its value is expected to be."""
-
-
 def words_of_fault(name: str, fault: str) -> str:
     """Return what is wrong with the value of an argument, and what is expected."""
     if match := re.fullmatch(r"invalid choice: (.*?) \(choose from (.*)\)", fault, re.DOTALL):
         value, choices = _unquoted(match[1]), [_unquoted(choice) for choice in match[2].split(", ")]
         return f"{name} is {value}{nearest_first(value, choices, 'expected one of')}"
     if match := re.fullmatch(r"invalid (\w+) value: (.*)", fault, re.DOTALL):
-        return (
-            f"{name} is {_unquoted(match[2])}; expected {_KINDS.get(match[1], match[1].strip('_').replace('_', ' '))}"
-        )
+        expected = KIND_WORDS.get(match[1], match[1].strip("_").replace("_", " "))
+        return f"{name} is {_unquoted(match[2])}; expected {expected}"
     if match := re.fullmatch(r"expected (one|at least one|at most one|\d+) arguments?", fault):
         needs = {"one": "a value", "at least one": "one value or more", "at most one": "at most one value"}
         return f"{name} needs {needs.get(match[1], f'{match[1]} values')}"
@@ -193,11 +208,6 @@ def words_of_fault(name: str, fault: str) -> str:
     if match := re.fullmatch(r"ignored explicit argument (.*)", fault, re.DOTALL):
         return f"{name} is given the value {_unquoted(match[1])}, but takes none: write {name} alone"
     return f"{name}: {fault}"
-
-
-def _names(action: argparse.Action) -> list[str]:
-    """Return the names that argparse's messages may give an argument."""
-    return [*action.option_strings, action.dest, *([action.metavar] if isinstance(action.metavar, str) else [])]
 
 
 def long_form(name: str) -> str:
@@ -209,17 +219,5 @@ def long_form(name: str) -> str:
     return name.rpartition("/")[2].removesuffix("+") if name.startswith("-") else name
 
 
-def _usage(name: str, action: argparse.Action | None) -> str:
-    """Return an argument as it is typed."""
-    if action is None or not action.option_strings or action.nargs == 0:
-        return name
-    values = action.metavar if isinstance(action.metavar, tuple) else (action.metavar or action.dest.upper(),)
-    return " ".join([name, *values])
-
-
 def _unquoted(value: str) -> str:
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
-
-
-def _noun(argument: str) -> str:
-    return "option" if argument.startswith("-") else "argument"

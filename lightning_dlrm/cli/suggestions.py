@@ -1,11 +1,10 @@
 """Keys that were probably meant by an unknown one."""
 
-import difflib
 import inspect
 from collections.abc import Sequence
 
 from lightning_dlrm.cli.classes import OFFERED_CLASSES
-from lightning_dlrm.contracts.errors import joined, listed
+from lightning_dlrm.contracts.errors import joined, listed, similar
 from lightning_dlrm.tables.embeddings import TableSettings
 
 _SYNONYMS = {
@@ -61,7 +60,7 @@ def _meant(key: str, known: Sequence[str]) -> list[str]:
             return found
     for n in range(1, len(parts)):
         if (section := ".".join(parts[:n])) not in sections:
-            for meant in difflib.get_close_matches(section, sections, n=1):
+            for meant in similar(section, sections):
                 corrected = ".".join([meant, *parts[n:]])
                 # Settings of a class are not listed, but its section has a key for help.
                 if corrected in known or f"{meant}.help" in known:
@@ -75,7 +74,7 @@ def _meant(key: str, known: Sequence[str]) -> list[str]:
 
 def _similar(key: str, named: Sequence[str]) -> list[str]:
     """Return the nearest key, which is not a section of the key; none if no key is similar."""
-    return difflib.get_close_matches(key, [one for one in named if one != key and not key.startswith(f"{one}.")], n=1)
+    return similar(key, [one for one in named if one != key and not key.startswith(f"{one}.")])
 
 
 def _of_name(name: str, places: Sequence[str]) -> list[str]:
@@ -83,7 +82,7 @@ def _of_name(name: str, places: Sequence[str]) -> list[str]:
     of_name: dict[str, list[str]] = {}
     for place in places:
         of_name.setdefault(place.rpartition(".")[2], []).append(place)
-    names = _SYNONYMS.get(name) or ([name] if name in of_name else difflib.get_close_matches(name, of_name, 1, 0.7))
+    names = _SYNONYMS.get(name) or ([name] if name in of_name else similar(name, of_name, 0.7))
     return [place for one in names for place in of_name.get(one, [])]
 
 

@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_dlrm.cli.configs import expand_home, find_config
 from lightning_dlrm.contracts.documents import CONFIGURATION, YAML_FAULTS, parse_yaml, read_yaml
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import KIND_WORDS, UserError, in_yaml, require
 from lightning_dlrm.contracts.terminal import command_line
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.losses import Loss
@@ -205,6 +205,10 @@ def admit(value: Any, typed: bool) -> None:
         UserError: a class path is not trusted.
     """
     for path, is_class in _dotted_names(value):
+        if path.endswith(".py"):
+            name = path.removesuffix(".py").strip("./").replace("/", ".")
+            require(not is_class, f"{path} is a Python file; expected a class in it: give {name}.CLASS")
+            continue
         if _is_trusted(path):
             continue
         module = path.partition(".")[0]
@@ -225,7 +229,7 @@ def _dotted_names(value: Any, key: Any = "", class_keys: Sequence[str] = _CLASS_
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _dotted_names(inner, key, class_keys)
-    elif isinstance(value, str) and _DOTTED.fullmatch(value):
+    elif isinstance(value, str) and (_DOTTED.fullmatch(value) or value.endswith(".py")):
         takes_class = str(key).rpartition(".")[2].rstrip("+") in class_keys
         yield value, takes_class and not value.endswith((".yaml", ".yml", ".json"))
     elif isinstance(value, str) and "class_path" in value:
@@ -323,9 +327,10 @@ def _check_class(made: Any, given: Mapping[str, Any], key: str) -> list[Any]:
     for name, value in vars(options).items() if isinstance(options, Namespace) else ():
         kind, option = kinds.get(name, Any), f"{key}.init_args.{name}"
         if value is None and known.get(name) is not None:
-            require(_takes_none(kind), f"{option} is null; give a value of {getattr(kind, '__name__', kind)}")
+            expected = KIND_WORDS.get(getattr(kind, "__name__", ""), "another value")
+            require(_takes_none(kind), f"{option} is null; expected {expected}")
         if inspect.isclass(kind) and dataclasses.is_dataclass(kind) and value is not None:
-            require(isinstance(value, (Namespace, kind)), f"{option} is {value}; expected keys with values")
+            require(isinstance(value, (Namespace, kind)), f"{option} is {in_yaml(value)}; expected keys with values")
     return list(known.values())
 
 

@@ -19,6 +19,8 @@ from lightning_dlrm.compare.anatomy import anatomy, measure_steps
 from lightning_dlrm.compare.experiment import (
     EXPECTED,
     PlannedArm,
+    chooses_network,
+    how_to_write,
     is_experiment,
     keep_configurations,
     plan_arms,
@@ -40,7 +42,7 @@ from lightning_dlrm.compare.scores import (
     shared_samples,
 )
 from lightning_dlrm.contracts.disk import write_fault
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, joined, nearest
 from lightning_dlrm.contracts.terminal import command_after
 from lightning_dlrm.tracking.dashboard import Dashboard, publish
 from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY
@@ -49,13 +51,15 @@ from lightning_dlrm.tracking.wandb_run import JOB_TYPE, ComparisonPage, RunPlace
 
 
 def run(arguments: Sequence[str]) -> int:
-    options, rest = make_parser().parse_known_args(arguments)
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
     options.seeds = None if options.seeds is None else _seeds(options.seeds)
     options.parallel = None if options.parallel is None else _positive(options.parallel)
     # Other options of an experiment are for its runs; without an experiment the rest are run folders.
-    unknown = [] if options.config else [part for part in rest if part.startswith("-")]
-    if unknown:
-        raise UserError(f"unknown option {unknown[0]}; compare --help lists them")
+    for option in (part.partition("=")[0] for part in rest if part.startswith("-")):
+        meant = nearest(option, parser.option_names(), cutoff=0.8)
+        if meant or not options.config:
+            raise UserError(f"unknown option {option}{meant or '; compare --help lists them'}")
     for name in ("seeds", "discard_checkpoints"):
         if getattr(options, name) and not options.config:
             option = f"--{name.replace('_', '-')}"
@@ -93,11 +97,11 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
     for path in configs:
         admit_file(path, EXPECTED)
     experiments = [path for path in configs if is_experiment(path)]
-    if len(experiments) != 1:
-        raise UserError(
-            f"{len(experiments) or 'none'} of the --config files name arms to compare; give one experiment such as "
-            "figure5.yaml, and overlays"
-        )
+    if not experiments:
+        whole = [name for name, path in zip(options.config, configs, strict=True) if chooses_network(path)]
+        raise UserError(f"{joined(options.config, 'and')}: expected an experiment; {how_to_write(whole)}")
+    if len(experiments) > 1:
+        raise UserError(f"{joined([path.name for path in experiments], 'and')} are experiments; give one of them")
     experiment = read_experiment(experiments[0], options.seeds)
     overlays = [str(path) for path in configs if path != experiments[0]]
     grouping = [] if options.group is None else ["--data.group", options.group]
@@ -180,8 +184,12 @@ def _gpus(arms: Sequence[PlannedArm]) -> list[str]:
 
 
 def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path) -> int:
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise UserError("a run is given twice")
+    files = [str(path) for path in paths if path.suffix in (".yaml", ".yml")]
+    if files:
+        raise UserError(f"{joined(files, 'and')}: expected folders of finished fits; {how_to_write(files)}")
+    for path in paths:
+        if sum(path.resolve() == other.resolve() for other in paths) > 1:
+            raise UserError(f"the run {path} is given twice; give each run once")
     short = [path.resolve().name for path in paths]
     runs = [
         read_run(path, name if short.count(name) == 1 else f"{path.resolve().parent.name}-{name}")

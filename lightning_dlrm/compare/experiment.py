@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.cli.configs import find_config, flat
 from lightning_dlrm.cli.parser import ModelAndData, build_model_and_data, build_model_parser
 from lightning_dlrm.compare.runs import differing, settings_of, within
 from lightning_dlrm.contracts.documents import read_yaml
@@ -65,6 +65,21 @@ class PlannedArm:
 def is_experiment(path: Path) -> bool:
     """Whether a YAML is an experiment and not the configuration of a run."""
     return "arms" in read_yaml(path, EXPECTED)
+
+
+def chooses_network(path: Path) -> bool:
+    """Whether a YAML is a whole configuration, and not an overlay."""
+    return any(key.startswith("model.network") for key in flat(read_yaml(path)))
+
+
+def how_to_write(files: Sequence[str]) -> str:
+    """Return how an experiment is written that compares some configurations, or the shipped ones of two models.
+
+    >>> how_to_write(["dlrm.yaml"])
+    "write a YAML with the line 'arms: {dlrm: dlrm.yaml, dcn: dcn.yaml}', and give it with --config (docs/compare.md)"
+    """
+    arms = ", ".join(f"{Path(file).stem}: {file}" for file in (files if len(files) > 1 else ("dlrm.yaml", "dcn.yaml")))
+    return f"write a YAML with the line 'arms: {{{arms}}}', and give it with --config (docs/compare.md)"
 
 
 def read_experiment(path: Path, seeds: Sequence[int] | None = None) -> Experiment:

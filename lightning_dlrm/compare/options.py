@@ -1,6 +1,5 @@
 """The options of ``compare``; ``--help`` starts without torch."""
 
-import argparse
 from typing import Literal, get_args
 
 from lightning_dlrm.cli.plain_parser import HelpParser
@@ -33,7 +32,7 @@ lists them. docs/compare.md explains the result.
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> HelpParser:
     """Return the parser; what it does not know are run folders, or options for all runs."""
     parser = HelpParser(
         prog="python -m lightning_dlrm compare",

@@ -234,10 +234,11 @@ def check_data(runs: Sequence[Run], force: bool) -> list[str]:
     """
     found = data_differences(runs)
     if found and not force:
-        listed = "\n".join(f"  {line}" for line in found)
+        # Fingerprints differ whenever something else does.
+        first = next((line for line in found if "fingerprint" not in line), found[0])
         raise UserError(
-            "these runs used different data, so their scores cannot be compared (--force compares them with a warning "
-            f"on every figure):\n{listed}"
+            f"these runs used different data ({first}), so their scores cannot be compared; --force compares them, "
+            "with a warning on every figure"
         )
     return found
 

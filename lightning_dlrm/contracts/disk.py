@@ -32,6 +32,11 @@ def write_fault(path: Path, error: Exception, choice: str) -> str:
     blocking = next((parent for parent in (path, *path.parents) if parent.is_file()), None)
     if code in (errno.EEXIST, errno.ENOTDIR) and blocking is not None:
         return f"cannot write {path}: {blocking} is a file; choose {choice}"
+    if code == errno.EISDIR:
+        return f"cannot write {path}: it is a folder; choose {choice}"
+    if code == errno.ENOENT and path.parent.is_dir():
+        # Such as /proc.
+        return f"cannot write {path}: nothing can be made in {path.parent}; choose {choice}"
     words = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
     remedy = "free disk space, or " if code in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else ""
     return f"cannot write {path}: {words}; {remedy}choose {choice}"

@@ -71,10 +71,37 @@ def settings_as_options(options: Mapping[str, str], values: Mapping[str, object]
         raise UserError(f"{options[found[1]]}{str(error)[found.end() :]}") from error
 
 
+def similar(word: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """Return the most similar known word, whose case does not count; none if no known word is similar.
+
+    >>> similar("xDeepFM", ["DeepFM", "XDeepFM"]), similar("embedding_dmi", ["embedding_dim"]), similar("x", ["fit"])
+    (['XDeepFM'], ['embedding_dim'], [])
+    """
+    lowered = {name.lower(): name for name in known}
+    return [lowered[found] for found in difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=cutoff)]
+
+
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return ``; did you mean X?``, or an empty text if no known word is similar."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    return "".join(f"; did you mean {name}?" for name in similar(word, known, cutoff))
+
+
+def in_yaml(value: object) -> str:
+    """Return a value as a YAML has it.
+
+    >>> in_yaml(None), in_yaml(True), in_yaml([512, "x"])
+    ('null', 'true', '[512, x]')
+    """
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(in_yaml, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+KIND_WORDS = {
+    "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "Path": "a path",
+    "list": "a list", "tuple": "a list", "Sequence": "a list", "dict": "keys with values",
+}  # fmt: skip
+"""Type of a value -> what is expected, in words."""
 
 
 def joined(words: Sequence[str], conjunction: str) -> str:

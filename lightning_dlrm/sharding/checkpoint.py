@@ -168,6 +168,7 @@ def resolve_checkpoint(folder: Path) -> Path:
     if found := [str(folder / name) for name in inner if (folder / name / MANIFEST).is_file()]:
         raise UserError(f"{folder} is not a checkpoint, but a folder with checkpoints: give {' or '.join(found)}")
     what = "is not a checkpoint folder (no manifest.json)" if folder.exists() else "does not exist"
+    what = "is a file" if folder.is_file() else what
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     if len(missing) > 1:
         first = missing[-1]

@@ -187,6 +187,26 @@ def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pyt
         (["fit", "--trainer.strategy.help", "X"], "takes no class X; it takes EmbeddingShardedDDP"),
         (["fit", "--model.network.tables.help", "X"], "takes no class; write --model.network.tables.help alone"),
         (["fit", "--trainer.accelerator.help"], "trainer.accelerator has no classes; expected auto, cpu or gpu"),
+        (["fit", "--config", "dlrm.yaml", "--model.network", "xDeepFM"], "did you mean XDeepFM?"),
+        (["fit", "--config", "dlrm.yaml", "--model.network", "own.py"], "own.py is a Python file; expected a class in"),
+        (["fit", "--config", "dlrm.yaml", "--model.network", "./a/own.py"], "expected a class in it: give a.own.CLASS"),
+        (["fit", "--config", "dlrm.yaml", "--model.network", "null"], "--model.network is null; expected one of DLRM,"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--model.network.top_mlp", "[512,x]"],
+            "is [512,x], but x is not a whole nu",
+        ),
+        (
+            ["fit", "--config", "dlrm.yaml", "--model.network.tables.device", "3"],
+            "device; expected one of dims, mixed",
+        ),
+        (["fit", "--config", "dlrm.yaml", "--trainer.max_steps", "null"], "max_steps is null; expected a whole number"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.callbacks", "[3]"], "callbacks is 3; expected one of ReduceOnPl"),
+        (["fit", "--config", "own_data.yaml"], "no model is chosen (overlays such as small.yaml and own_data.yaml ha"),
+        (["fit", "--config", "own_data.yaml"], "as in --config dlrm.yaml --config OVERLAY, and give --data.path DIR"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--run_dir", "/proc/x"],
+            "/proc/x: nothing can be made in /proc; choose an",
+        ),
         (["fit", "--config", "dlrn.yaml"], "no configuration dlrn.yaml here; did you mean dlrm.yaml?"),
     ],
     ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
@@ -243,6 +263,10 @@ def test_faults_in_one_of_several_files(capsys: pytest.CaptureFixture[str]) -> N
         "modle: {seed: 3}": "unknown key modle.seed; did you mean model",
         "model: {network: {class_path: DLRM, init_args: {embeding_dim: 3}}}": "did you mean model.network.embedding_",
         "trainer: {max_steps: ten}": "trainer.max_steps is ten",
+        "trainer: null": "trainer is null; expected keys with values",
+        "data: {init_args: {batch_size: null}}": "data.init_args.batch_size is null; expected a whole number",
+        "model: {network: null}": "model.network is null; expected a class, such as DLRM",
+        "model: {network: {init_args: {top_mlp: [8, x]}}}": "top_mlp is [8, x], but x is not a whole number",
     }.items():
         Path("bad.yaml").write_text(text)
         assert main(["params", "--config", "dlrm.yaml", "--config", "bad.yaml"]) == 2
@@ -277,6 +301,22 @@ def test_files_that_are_no_configuration(content: bytes, message: str, capsys: p
     Path("bad.yaml").write_bytes(content)
     assert main(["fit", "--config", "dlrm.yaml", "--config", "bad.yaml"]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_or_a_file_in_place_of_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    Path("file").touch()
+    for arguments, said in {
+        "--config run": "run is a folder; expected a YAML file\n",
+        "--config dlrm.yaml --ckpt_path file": "checkpoint file is a file; expected a folder such as",
+        "--config dlrm.yaml --data.path file": "file is a file; give the dataset folder",
+        "--config dlrm.yaml --run_dir file": "--run_dir file is a file; give an empty folder or a new one",
+    }.items():
+        assert main(["fit", *arguments.split()]) == 2
+        assert said in capsys.readouterr().err
+    Path("run/config.yaml").touch()
+    assert main(["fit", "--config", "run"]) == 2
+    assert capsys.readouterr().err == "error: run is a folder; expected a YAML file, such as run/config.yaml\n"
 
 
 def test_a_run_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
