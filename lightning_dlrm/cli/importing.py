@@ -85,7 +85,8 @@ def read_published(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, or is not of this form.
     """
-    require(path.is_file(), f"there is no file {path}; expected what facebookresearch/dlrm wrote with --save-model")
+    found = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
+    require(path.is_file(), f"{found}; expected what facebookresearch/dlrm wrote with --save-model")
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(path, map_location="cpu", weights_only=True)

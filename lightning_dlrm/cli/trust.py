@@ -108,7 +108,10 @@ def take_trust(arguments: Sequence[str]) -> list[str]:
         module = module if equals else next(waiting, "")
         # A configuration that names jsonargparse could change what is trusted.
         is_name = all(part.isidentifier() for part in module.split(".")) and module.partition(".")[0] != "jsonargparse"
-        require(is_name, f"--trust {module}: expected the name of a module, such as --trust my_models")
+        require(
+            is_name and not module.endswith(".py"),
+            f"--trust {module}: expected the name of a module, such as --trust my_models",
+        )
         require(
             _exists(module), f"--trust {module}: there is no such module, neither installed nor in the current folder"
         )
@@ -327,7 +330,7 @@ def _check_class(made: Any, given: Mapping[str, Any], key: str) -> list[Any]:
     for name, value in vars(options).items() if isinstance(options, Namespace) else ():
         kind, option = kinds.get(name, Any), f"{key}.init_args.{name}"
         if value is None and known.get(name) is not None:
-            expected = KIND_WORDS.get(getattr(kind, "__name__", ""), "another value")
+            expected = KIND_WORDS.get(getattr(kind, "__name__", ""), "keys with values or a class")
             require(_takes_none(kind), f"{option} is null; expected {expected}")
         if inspect.isclass(kind) and dataclasses.is_dataclass(kind) and value is not None:
             require(isinstance(value, (Namespace, kind)), f"{option} is {in_yaml(value)}; expected keys with values")

@@ -129,8 +129,7 @@ class Plan:
             pooled = tuple(str(name) for name in document.get("pooled", ()))
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise UserError(
-                f"the plan is not of the form 'ranks: 2, tables: {{C1: [[0, 100, 1]]}}' ({error!r}); "
-                f"expected {MADE_BY_PLAN}"
+                f"the plan is not of the form 'ranks: 2, tables: {{C1: [[0, 100, 1]]}}'; expected {MADE_BY_PLAN}"
             ) from error
         return Plan(ranks=ranks, pieces=tuple(pieces), pooled=pooled)
 
@@ -141,5 +140,6 @@ def read_plan(path: Path) -> Plan:
     Raises:
         UserError: the file cannot be read, or holds no plan.
     """
-    require(path.is_file(), f"cannot read the plan {path}: no such file; make one with 'python -m lightning_dlrm plan'")
+    reason = "it is a folder" if path.is_dir() else "no such file"
+    require(path.is_file(), f"cannot read the plan {path}: {reason}; make one with 'python -m lightning_dlrm plan'")
     return Plan.of_document(read_yaml(path, f"expected {MADE_BY_PLAN}"))
