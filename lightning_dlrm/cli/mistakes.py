@@ -21,6 +21,7 @@ from lightning_dlrm.contracts.errors import KIND_WORDS, in_yaml, listed, nearest
 from lightning_dlrm.tracking.run_folder import CONFIG
 
 _PUBLISHED = "a list of metric, value and source, such as [{metric: auc, value: 0.8, source: a paper}]"
+_NO_CLASS_AT_ALL = r"(?:Not a valid subclass|an import path).*Got value: (?!Namespace)(.*)"
 _NO_KEYS = ", as there are no keys here"
 _NO_CLASS = (
     "no class that has this key is chosen; a file that holds changes only, such as an overlay or one that plan writes, "
@@ -45,7 +46,7 @@ def with_place(message: str, command: str, arguments: Sequence[str]) -> str:
     options = dict(itertools.pairwise(itertools.chain.from_iterable(argument.split("=", 1) for argument in arguments)))
     network = file_with_key(arguments, "model.network")
     if (
-        message.startswith("data: ")
+        message.startswith(("data: ", "data.path is missing"))
         and not network
         and not any(part.startswith("--model.network") for part in arguments)
     ):
@@ -156,7 +157,7 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"{key}: {match[1] or (given[1].strip() if given else 'this class')} is not a subclass of {match[2]}"
     if explained := _explain_section(key, given[1] if given else "", message):
         return explained
-    if classes_of(key) and (wrong := re.search(r"(?:Not a valid subclass|an import path).*Got value: (.*)", message)):
+    if classes_of(key) and (wrong := re.search(_NO_CLASS_AT_ALL, message)):
         return f"{key} is {wrong[1]}; expected one of {listed(classes_of(key))}"
     if "collections.abc.Callable" in message:
         return _explain_factory(key, message)

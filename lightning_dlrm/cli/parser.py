@@ -122,8 +122,7 @@ class CommandParser(LightningArgumentParser):
                 action.help = SUPPRESS
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        words = " ".join(explain(message, known_keys(self)).split())
-        raise UserError(re.sub(r"\bNone\b", "null", words))
+        raise UserError(" ".join(explain(message, known_keys(self)).split()))
 
     def build(self, settings: Namespace) -> Namespace:
         """Return the settings with all classes instantiated.
@@ -274,7 +273,8 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
             require(isinstance(found, Namespace), f"{section} is {in_yaml(found)}; expected keys with values")
         check_values(settings)
     except UserError as error:
-        raise UserError(with_place(str(error), parser.prog.rpartition(" ")[2], arguments)) from error
+        words = with_place(str(error), parser.prog.rpartition(" ")[2], arguments)
+        raise UserError(re.sub(r"\bNone\b", "null", words)) from error
     if settings.seed_everything is not False:
         given = None if settings.seed_everything is True else settings.seed_everything
         settings.seed_everything = pl.seed_everything(given, workers=True)
