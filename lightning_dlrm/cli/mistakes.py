@@ -204,7 +204,7 @@ def _explain_import(key: str, message: str) -> str | None:
 def _explain_section(key: str, value: str, message: str) -> str | None:
     """Return the message about a class without a required key, or a section that has no keys; None if it is about
     something else."""
-    needed = re.search(r"- the following arguments are required: (\w+)", message)
+    needed = re.search(r"- (\w+) is missing: give it a value", message)
     of_class = rf"class_path='(?:\w+\.)*(\w+)', init_args=Namespace\([^()]*\b{needed[1]}=None" if needed else ""
     if needed and (chosen := re.search(of_class, value)):
         return f"{key}: {chosen[1]} needs {needed[1]}: give --{key}.{needed[1]}, or in a YAML init_args: {needed[1]}"
