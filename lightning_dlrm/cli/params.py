@@ -61,7 +61,9 @@ def _add_matching_arguments(parser: Any) -> None:
         help="configuration whose hidden layers are widened or narrowed, with its overlays: params --match "
         "dcn.yaml --to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
     )
-    parser.add_argument("--to", nargs="+", metavar="YAML", help="configuration whose cost is matched, with its overlays")
+    parser.add_argument(
+        "--to", nargs="+", metavar="YAML", help="configuration whose cost is matched, with its overlays"
+    )
     parser.add_argument(
         "--by",
         default=None,
