@@ -234,7 +234,7 @@ def test_a_refused_resume_leaves_the_run_as_it_is(capsys: pytest.CaptureFixture[
     other_model = ["fit", "--config", "dcn.yaml", *FIT[3:]]
     for refused, said in [
         (other_model, "holds the model DLRM, but this run trains DCN"),
-        ([*FIT, "--model.dense_optimizer.learning_rate=0.5"], "learning_rate"),
+        ([*FIT, "--model.dense_optimizer.learning_rate=0.5"], "asks for dense: Adagrad (lr 0.5)"),
         ([*FIT, "--trainer.accumulate_grad_batches=3"], "validate between steps"),
     ]:
         assert main([*refused, *QUICK, "--run_dir", "run", "--resume=auto", "--trainer.max_steps=4"]) == 2
