@@ -173,7 +173,7 @@ def test_a_rank_that_does_not_come_is_waited_for_with_a_word(monkeypatch: pytest
         while "rank 0 has waited" not in (said := process.said()):
             assert process.poll() is None and time.monotonic() < deadline, said
             time.sleep(0.02)
-        assert "for all 2 ranks to reach 127.0.0.1:" in said
+        assert "until all 2 ranks reach 127.0.0.1:" in said
     finally:
         for each in (process, other):
             each.kill()
