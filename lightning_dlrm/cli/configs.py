@@ -194,7 +194,8 @@ def with_option_as_typed(message: str, arguments: Sequence[str]) -> str:
     '--ranks is zero; expected a whole number'
     """
     found = re.match(r"([\w.]+)(?= is | takes |: )", message)
-    option = None if found is None else option_with_key(arguments, found[1])
+    # A file or folder may have the name of an option.
+    option = None if found is None or found[1] in arguments else option_with_key(arguments, found[1])
     return message if found is None or option is None else f"{option}{message[found.end() :]}"
 
 
