@@ -10,7 +10,7 @@ for (const table of document.querySelectorAll("table.docutils")) {
 
 // Browsers break a line after each hyphen, and so inside "--option". Here options and names stay whole, paths are broken
 // after "/", and what is too long for a phone after "." or "_".
-const MOST_CHARACTERS = 26;
+const MOST_CHARACTERS = 25;
 function parts(word) {
   const folders = word.length > 16 ? word.split(/(?<=\w{2}[/,[(|])/) : [word];
   return folders.flatMap((part) => (part.length > MOST_CHARACTERS ? part.split(/(?<=[._])/) : [part]));

@@ -34,6 +34,12 @@ def write_files(folder: Path) -> None:
     (folder / "own_or_dlrm.yaml").write_text(EXPERIMENT)
 
 
+def line_of(text: str) -> int:
+    """Return the line of the page's own.py in which a text begins."""
+    code = CODE["python"]
+    return code[: code.index(text)].count("\n") + 1
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, from which ``own`` is imported anew."""
@@ -103,7 +109,8 @@ def test_an_error_of_the_network_is_one_line(
     code = CODE["python"]
     assert old in code
     (folder / "own.py").write_text(code.replace(old, new))
-    line = code[: code.index(old)].count("\n") + 1
+    line = line_of(old)
+    assert fault != "score" or f"error: own.py, line {line}, in score: RuntimeError: " in PAGE
     command = ["fit", "--config", "own.yaml", "--run_dir", "run", *options]
     assert main(command) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -131,7 +138,7 @@ def test_a_wrong_result_of_score_is_named(
     write_files(folder)
     (folder / "own.py").write_text(CODE["python"].replace("self.deep(joined).squeeze(1)", result))
     assert main(["fit", "--config", "own.yaml", "--run_dir", "run", *options]) == 2
-    expected = (
-        rf"error: Own.score \(own.py, line \d+\) returns {re.escape(returned)}; expected one logit for each sample"
-    )
-    assert re.match(expected, capsys.readouterr().err.strip().splitlines()[-1])
+    wrong = f"error: Own.score (own.py, line {line_of('    def score')}) returns "
+    assert wrong in PAGE
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"{wrong}{returned}; expected one logit for each sample")
