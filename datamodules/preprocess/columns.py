@@ -286,7 +286,7 @@ def choose(facts: Facts, sample: Sample, leak: str | None) -> Choice:
     if facts.kind == "integer" or (whole and facts.words & _ID_WORDS):
         return _choose_integer(facts, sample)
     if facts.kind == "number":
-        return Choice(settings={"role": "dense", **_transform(facts)}, reason="numbers with fractions")
+        return _numbers(facts, "numbers with fractions")
     if facts.kind == "text":
         return _choose_text(facts, sample)
     return _categories(facts, sample, {"role": "categorical"}, "true and false")
@@ -297,10 +297,7 @@ def _choose_integer(facts: Facts, sample: Sample) -> Choice:
     if facts.is_unique and (ids or not quantity):
         return Choice(settings={"role": "leave"}, reason="a different number in nearly every row, such as a row id")
     if quantity and not ids and facts.distinct > 2 and max(map(abs, facts.values)) < _LARGEST_EXACT:
-        return Choice(
-            settings={"role": "dense", **_transform(facts)},
-            reason=f"whole numbers, and the word `{min(quantity)}` in the name suggests an amount",
-        )
+        return _numbers(facts, f"whole numbers, and the word `{min(quantity)}` in the name suggests an amount")
     if ids or facts.distinct <= _FEW:
         named = f"whole numbers, and the word `{min(ids)}` in the name suggests a category" if ids else ""
         reason = named or "few different whole numbers"
@@ -349,18 +346,22 @@ def _categories(facts: Facts, sample: Sample, settings: dict[str, Any], reason: 
     return Choice(settings=settings, reason=reason)
 
 
-def _transform(facts: Facts) -> dict[str, str]:
-    """Return the transform of numbers, by their range and skew."""
+def _numbers(facts: Facts, reason: str) -> Choice:
+    """Return a column of numbers, with a transform by their range and skew."""
     ordered = sorted(facts.values)
-    least, median, high, most = (ordered[round(share * (len(ordered) - 1))] for share in (0, 0.5, 0.99, 1))
+    least, low, median, high, top, most = (
+        ordered[round(share * (len(ordered) - 1))] for share in (0, 0.25, 0.5, 0.75, 0.99, 1)
+    )
     if least >= -1 and most <= 1:
-        return {}
-    if least >= 0 and high > 10 * median:
-        return {"transform": "log1p"}
-    spread = ordered[round(0.75 * (len(ordered) - 1))] - ordered[round(0.25 * (len(ordered) - 1))]
-    if least < 0 and max(-least, most) > 100 * max(spread, 1e-9):
-        return {"transform": "signed_log"}
-    return {"transform": "standard"}
+        return Choice(settings={"role": "dense"}, reason=reason)
+    transform = "standard"
+    if least >= 0 and top > 10 * median:
+        transform = "log1p"
+        reason += "; log1p, because the largest 1% are more than 10 times the median"
+    elif least < 0 and max(-least, most) > 100 * max(high - low, 1e-9):
+        transform = "signed_log"
+        reason += "; signed_log, because some are far larger than most"
+    return Choice(settings={"role": "dense", "transform": transform}, reason=reason)
 
 
 def missing_words(facts: Facts) -> list[str]:

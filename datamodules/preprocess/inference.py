@@ -158,7 +158,7 @@ def _report(output: Path, log: _Inferred, sample: Sample, width: int) -> list[st
     label, missing = log.label, log.label.missing
     share = sum(label.labels) / len(label.labels)
     rows = counted(sample.rows, "row")
-    entries = {"label": f"{label.text} (true in {share:.1%} of the rows)"}
+    entries = {"label": f"{label.text} (true in {share:.1%} of the rows{' with a label' if missing else ''})"}
     if missing:
         entries["no label"] = f"{counted(missing, 'row')}:{_MISSING_LABELS}"
     if why := _why_encoding(sample.form):
@@ -170,6 +170,8 @@ def _report(output: Path, log: _Inferred, sample: Sample, width: int) -> list[st
     }
     if formatted := [f"{column.name} ({one!r})" for column in log.facts if (one := formatted_number(column))]:
         entries["text"] = f"{', '.join(formatted)}: to use them as numbers, write plain ones in the file, such as 9.56"
+    if said := _missing_texts(log.facts, sample):
+        entries["missing"] = "; ".join(said)
     if log.leaks:
         names = {leak: [name for name, one in log.leaks.items() if one == leak] for leak in log.leaks.values()}
         found = ", ".join(f"{', '.join(some)} ({leak})" for leak, some in names.items())
@@ -189,6 +191,26 @@ def _report(output: Path, log: _Inferred, sample: Sample, width: int) -> list[st
     for name, words in entries.items():
         lines += filled_below(words, width or _WIDTH, f"  {name:<12} ")
     return [*lines, f"look at {output} first: roles are guesses, and comments say why", *_CHECKS]
+
+
+def _missing_texts(facts: Sequence[Facts], sample: Sample) -> list[str]:
+    """Return lines about the texts that are read as missing values, and the columns where they may be categories."""
+    texts = [text for text in sample.form.nulls if text]
+    if not texts:
+        return []
+    held = sample.read_as_missing
+    numeric = [column.name for column in facts if column.kind in ("integer", "number")]
+    lines = [f"{', '.join(map(repr, texts))} {'counts' if len(texts) == 1 else 'count'} as missing in every column"]
+    for text in texts:
+        others = {name: count / sample.rows for name in held if name not in numeric and (count := held[name].get(text))}
+        if others:
+            needs = next((name for name in numeric if held[name].get(text)), None)
+            why = "" if needs is None else f", because {needs} needs it"
+            lines.append(
+                f"{text!r} in {', '.join(f'{name} ({share:.1%})' for name, share in others.items())} counts as missing"
+                f"{why}; if it is a category there, write another text for it in the file"
+            )
+    return lines
 
 
 def _maybe_thousands(sample: Sample) -> str | None:
@@ -309,6 +331,7 @@ def _schema_text(log: _Inferred, sample: Sample, command: str, then: Sequence[st
             "header: true" if form.header else f"names: {_flow(list(sample.columns))}",
             *(["quote: null"] if form.quote is None else []),
             f"decimal: {_scalar(form.decimal)}",
+            *(line for words in _missing_texts(log.facts, sample) for line in _comment(f"{words}.")),
             f"nulls: {_flow(list(form.nulls))}",
         ]
     if why := _why_encoding(form):
@@ -317,7 +340,10 @@ def _schema_text(log: _Inferred, sample: Sample, command: str, then: Sequence[st
         lines.append(f"encoding: {form.encoding}")
     lines += [
         *_comment(
-            f"True in {positives:.1%} of the rows." + (f" Missing in {missing:,}:{_MISSING_LABELS}." if missing else "")
+            f"True in {positives:.1%} of the rows"
+            + (" with a label" if missing else "")
+            + "."
+            + (f" Missing in {missing:,}:{_MISSING_LABELS}." if missing else "")
         ),
         f"label: {_scalar(log.label.text)}",
         "columns:",
@@ -373,7 +399,12 @@ def _describe(column: Facts, sample: Sample) -> str:
     noun = "item" if column.kind in ("list", "numbers") else "value"
     what = f"{column.distinct:,} different {noun}s" if column.distinct > 1 else f"one {noun}"
     parts = ["objects" if column.kind == "object" else what]
-    parts.append(f"{column.missing / sample.rows:.1%} missing" if column.missing else "none missing")
+    missing, what = column.missing, "missing"
+    if column.kind in ("list", "numbers"):
+        # preprocess counts empty lists as missing.
+        missing += sum(all(item in (None, "") for item in value) for value in column.values)
+        what = "missing or empty"
+    parts.append(f"{missing / sample.rows:.1%} {what}" if missing else f"none {what}")
     if column.kind in ("integer", "number", "time") and column.values and column.time in (None, "unix", "unix_ms"):
         parts.append(f"{shortened(min(column.values))} to {shortened(max(column.values))}")
     if column.counts:

@@ -5,9 +5,10 @@ beginning. Nothing here imports torch.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -63,6 +64,8 @@ class Sample:
     """Rows of the whole log, exact for Parquet and if ``whole``."""
     whole: bool
     """Whether the sample is the whole log."""
+    read_as_missing: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Of text of fields: column -> how often it holds each of the form's ``nulls``."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def read_sample(paths: Sequence[str], names: Sequence[str] | None = None) -> Sam
             return _sample_of_parquet(paths)
     files = find_files(_spread(paths, _MOST_FILES), of_criteo=False)
     pieces = [piece for file in files for piece in _pieces(file, _SAMPLE_BYTES // len(files))]
+    read_as_missing: dict[str, Counter[str]] = {}
     require(any(piece.text.strip() for piece in pieces), f"{paths[0]} is empty; give files with rows")
     for piece in pieces:
         if piece.at_start:
@@ -102,12 +106,20 @@ def read_sample(paths: Sequence[str], names: Sequence[str] | None = None) -> Sam
         require(names is None, "--columns names the columns of text without a header; JSON has names")
         form, columns = _json_columns(pieces)
     else:
-        form, columns = _csv_columns(pieces, names)
+        form, texts = _csv_columns(pieces, names)
+        nulls = set(form.nulls)
+        read_as_missing = {name: Counter(cell for cell in cells if cell in nulls) for name, cells in texts.items()}
+        columns = {name: [None if cell in nulls else cell for cell in cells] for name, cells in texts.items()}
     rows = len(next(iter(columns.values()), []))
     require(rows, f"{paths[0]} has no rows; give files with rows")
     whole = len(files) == len(paths) and all(piece.at_start and piece.at_end for piece in pieces)
     return Sample(
-        form=form, columns=columns, rows=rows, estimated_rows=rows if whole else round(rows / share), whole=whole
+        form=form,
+        columns=columns,
+        rows=rows,
+        estimated_rows=rows if whole else round(rows / share),
+        whole=whole,
+        read_as_missing=read_as_missing,
     )
 
 
@@ -218,7 +230,8 @@ def _json_columns(pieces: Sequence[_Piece]) -> tuple[Form, dict[str, list[Value]
     return Form(format="jsonl", encoding=encoding), columns
 
 
-def _csv_columns(pieces: Sequence[_Piece], names: Sequence[str] | None) -> tuple[Form, dict[str, list[Value]]]:
+def _csv_columns(pieces: Sequence[_Piece], names: Sequence[str] | None) -> tuple[Form, dict[str, list[str]]]:
+    """Return the form of text of fields, and the texts of each column."""
     encoding = _encoding(pieces)
     path = pieces[0].path
     with _naming(path):
@@ -240,7 +253,6 @@ def _csv_columns(pieces: Sequence[_Piece], names: Sequence[str] | None) -> tuple
     _check_names(path, names, firsts[path], separator)
     assert names is not None
     columns = {name: [row[number] for row in rows] for number, name in enumerate(names)}
-    nulls = nulls_of(columns, decimal)
     form = Form(
         format="csv",
         separator=separator,
@@ -248,9 +260,9 @@ def _csv_columns(pieces: Sequence[_Piece], names: Sequence[str] | None) -> tuple
         quote=quote,
         decimal=decimal,
         encoding=encoding,
-        nulls=nulls,
+        nulls=nulls_of(columns, decimal),
     )
-    return form, {name: [None if cell in nulls else cell for cell in cells] for name, cells in columns.items()}
+    return form, columns
 
 
 def _rows(
