@@ -24,11 +24,14 @@ from lightning_dlrm.contracts.terminal import binary_size, command_after, comman
 _DESCRIPTION = """\
 Write generated data: a dataset folder for fit, or raw files for preprocess. Each kind has its own options:
   python -m lightning_dlrm generate KIND --help
+
+example:
+  python -m lightning_dlrm generate demo --rows 100000 --output data/demo
 """
 
 _DEMO_DESCRIPTION = """\
 Write a dataset folder that looks like Criteo Kaggle: its 40 columns, the sizes of its tables, skewed ids and missing
-values. The labels are drawn from a planted click model, so that the best AUC and log loss any model can reach are
+values. The labels are drawn from a known click model, so that the best AUC and log loss any model can reach are
 known; dataset.json has them under "optimum". The same options give the same rows everywhere.
 
 examples:
@@ -39,9 +42,9 @@ then:
 """
 
 _RANDOM_DESCRIPTION = """\
-Write a dataset folder of any shape, for measuring speed: normal dense features; ids that follow a uniform, a Gaussian
-or a Zipf law within each table's size, one or a bag of them for each table, with or without weights; clicks that are
-independent of the features. The same options give the same rows everywhere.
+Write a dataset folder of any shape, for measuring speed: normal dense features; ids with a uniform, a Gaussian
+or a Zipf distribution over each table's rows, one or a bag of them for each table, with or without weights; clicks that
+are independent of the features, so that no model has an AUC above 0.5. The same options give the same rows everywhere.
 
 presets, whose values other options replace:
   paper    the DLRM paper's section 5.2: 8 tables of 1M rows, 512 dense features, bags of 1 to 100 ids
@@ -59,7 +62,8 @@ then:
 _TRACE_DESCRIPTION = """\
 Write a dataset folder whose columns access the rows of their tables in an order like that of real columns: with the
 same hit rates in an LRU cache of any size, and as many unique rows. The command measures and prints how similar they
-are. A saved profile generates accesses later, without the data. docs/generated-data.md says what is not reproduced.
+are. Labels are independent of the features, so that no model has an AUC above 0.5. A saved profile generates accesses
+later, without the data. docs/generated-data.md says what is not reproduced.
 Needs: pip install 'lightning-dlrm[trace]'
 
 examples:
@@ -72,8 +76,8 @@ then:
 
 _TSV_DESCRIPTION = """\
 Write raw text in the form of Criteo's click logs, for preprocess: a label, 13 integers and 26 hashes between tabs,
-empty if missing. The clicks are drawn from a planted model. The same options give the same rows everywhere; more rows
-begin with the same rows.
+empty if missing. The clicks are drawn from a known click model. The same options give the same rows everywhere;
+more rows begin with the same rows.
 
 examples:
   python -m lightning_dlrm generate tsv --rows 1000000 --output train.txt
@@ -84,7 +88,8 @@ then:
 
 _LOG_DESCRIPTION = """\
 Write a raw log of five columns, or one in the form of a public data set (file names, header, separator, values), to try
-preprocess --infer or a schema without the real data. The clicks are drawn from a planted model.
+preprocess --infer or a schema without the real data. The clicks are drawn from a known
+click model.
 
 forms:
 {forms}
@@ -107,6 +112,21 @@ _OUTPUT: Option = (
 )
 
 
+_SEED = "seed of the rows (default: %(default)s)"
+_MODEL_SEED = "seed of the click model and of the rows (default: %(default)s)"
+
+
+def _number(
+    name: str, words: str, default: float | None = None, kind: type[int] | type[float] = int, metavar: str = "N"
+) -> Option:
+    """Return an option that takes a number."""
+    return name, {"type": kind, "default": default, "metavar": metavar, "help": words}
+
+
+def _share(name: str, words: str, default: float | None = None) -> Option:
+    return _number(name, words, default, float, "SHARE")
+
+
 def _row_options(train: int | None, validation: int, test: int) -> list[Option]:
     defaults = (
         ("--rows", train, "training"),
@@ -114,15 +134,7 @@ def _row_options(train: int | None, validation: int, test: int) -> list[Option]:
         ("--test-rows", test, "test"),
     )
     return [
-        (
-            name,
-            {
-                "type": int,
-                "default": rows,
-                "metavar": "N",
-                "help": f"{split} rows (default: {'those of the split or the profile' if rows is None else rows})",
-            },
-        )
+        _number(name, f"{split} rows (default: {'those of the split or the profile' if rows is None else rows})", rows)
         for name, rows, split in defaults
     ]
 
@@ -140,13 +152,11 @@ def _numbers(text: str) -> int | tuple[int, ...]:
 
 def _demo_options() -> list[Option]:
     default = DemoSettings()
-    seed_help = "seed of the planted model and of the rows (default: %(default)s)"
-    most_help = "maximum of a table's rows (default: Kaggle's own sizes)"
     return [
         ("--output", {**_OUTPUT[1], "required": True}),
         *_row_options(default.train_rows, default.validation_rows, default.test_rows),
-        ("--seed", {"type": int, "default": default.seed, "help": seed_help}),
-        ("--max-table-rows", {"type": int, "metavar": "N", "help": most_help}),
+        _number("--seed", _MODEL_SEED, default.seed),
+        _number("--max-table-rows", "maximum of a table's rows (default: Kaggle's own sizes)"),
     ]
 
 
@@ -159,28 +169,24 @@ def _random_options() -> list[Option]:
         *_row_options(default.train_rows, default.validation_rows, default.test_rows),
         ("--preset", {"choices": PRESETS, "help": "start from the shape of a known workload"}),
         ("--tables", {**numbers, "help": "rows of each table (default: 26 tables of 100,000)"}),
-        ("--dense", {"type": int, "metavar": "N", "help": f"number of dense features (default: {default.dense})"}),
+        _number("--dense", f"number of dense features (default: {default.dense})"),
         ("--indices", {**numbers, "help": "ids of a bag, one number for all tables or one for each (default: 1)"}),
         (
             "--min-indices",
             {**numbers, "help": "fewest ids of a bag, 0 or more: bag sizes are uniform between it and --indices"},
         ),
         ("--law", {"choices": get_args(Law), "help": f"distribution of the ids (default: {default.law})"}),
-        (
+        _number(
             "--exponent",
-            {
-                "type": float,
-                "help": f"exponent of zipf: probability of id k ~ (k + 1) ** -exponent (default: {default.exponent})",
-            },
+            f"exponent of zipf: probability of id k ~ (k + 1) ** -exponent (default: {default.exponent})",
+            kind=float,
+            metavar="NUMBER",
         ),
-        ("--mean", {"type": float, "help": f"of gaussian, as a share of the table's rows (default: {default.mean})"}),
-        (
-            "--deviation",
-            {"type": float, "help": f"of gaussian, as a share of the table's rows (default: {default.deviation})"},
-        ),
+        _share("--mean", f"of gaussian, as a share of the table's rows (default: {default.mean})"),
+        _share("--deviation", f"of gaussian, as a share of the table's rows (default: {default.deviation})"),
         ("--weights", {"action": "store_true", "help": "give each id a weight in (0, 1]"}),
-        ("--click-rate", {"type": float, "help": f"probability of label 1 (default: {default.click_rate})"}),
-        ("--seed", {"type": int, "help": f"seed of the rows (default: {default.seed})"}),
+        _share("--click-rate", f"share of rows with label 1 (default: {default.click_rate})"),
+        _number("--seed", f"seed of the rows (default: {default.seed})"),
     ]
 
 
@@ -201,36 +207,21 @@ def _trace_options() -> list[Option]:
         ("--split", {"choices": SPLITS, "default": "train", "help": "split to profile (default: %(default)s)"}),
         _OUTPUT,
         *_row_options(None, default.validation_rows, default.test_rows),
-        (
-            "--dense",
-            {
-                "type": int,
-                "default": default.dense,
-                "metavar": "N",
-                "help": "number of dense features (default: %(default)s)",
-            },
-        ),
-        (
-            "--click-rate",
-            {"type": float, "default": default.click_rate, "help": "probability of label 1 (default: %(default)s)"},
-        ),
-        ("--seed", {"type": int, "default": default.seed, "help": "seed of the rows (default: %(default)s)"}),
-        ("--plot", {"type": Path, "metavar": "FILE", "help": "draw the fit into this file, such as fit.png"}),
+        _number("--dense", "number of dense features (default: %(default)s)", default.dense),
+        _share("--click-rate", "share of rows with label 1 (default: %(default)s)", default.click_rate),
+        _number("--seed", _SEED, default.seed),
+        ("--plot", {"type": Path, "metavar": "FILE", "help": "draw the fit: .png, .pdf or .svg"}),
     ]
 
 
 def _tsv_options() -> list[Option]:
     output_help = "files for the rows, in order; .gz and .zst are compressed"
     dataset_help = "Criteo's dataset to imitate (default: kaggle)"
-    seed_help = "seed of the planted model and of the rows (default: %(default)s)"
     return [
-        (
-            "--output",
-            {"required": True, "nargs": "+", "type": Path, "metavar": "FILE", "help": output_help},
-        ),
+        ("--output", {"required": True, "nargs": "+", "type": Path, "metavar": "FILE", "help": output_help}),
         ("--rows", {"required": True, "type": int, "metavar": "N", "help": "rows of all files together"}),
         ("--dataset", {"default": "kaggle", "choices": TSV_DATASETS, "help": dataset_help}),
-        ("--seed", {"type": int, "default": 0, "help": seed_help}),
+        _number("--seed", _MODEL_SEED, 0),
     ]
 
 
@@ -239,7 +230,7 @@ def _log_options() -> list[Option]:
         ("--form", {"required": True, "choices": FORMS, "metavar": "NAME", "help": "form of the log: see forms above"}),
         ("--output", {"required": True, "type": Path, "metavar": "DIR", "help": "folder for the files"}),
         ("--rows", {"required": True, "type": int, "metavar": "N", "help": "rows of all files together"}),
-        ("--seed", {"type": int, "default": 0, "help": "seed of the rows (default: %(default)s)"}),
+        _number("--seed", _SEED, 0),
     ]
 
 
@@ -251,19 +242,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, words, description, options, run_kind in (
         (
             "demo",
-            "click logs like Criteo Kaggle's, of a planted click model",
+            "click logs like Criteo Kaggle's, to compare models",
             _DEMO_DESCRIPTION,
             _demo_options(),
             _run_demo,
         ),
         (
             "random",
-            "any tables, dense features and bags; ids by a law",
+            "tables, dense features and bags of any shape, to measure speed",
             _RANDOM_DESCRIPTION,
             _random_options(),
             _run_random,
         ),
-        ("trace", "accesses like those of a dataset's columns", _TRACE_DESCRIPTION, _trace_options(), _run_trace),
+        (
+            "trace",
+            "tables read in an order like that of a dataset, to measure caches",
+            _TRACE_DESCRIPTION,
+            _trace_options(),
+            _run_trace,
+        ),
         ("tsv", "raw text shaped like Criteo's click logs", _TSV_DESCRIPTION, _tsv_options(), _run_tsv),
         (
             "log",
@@ -344,10 +341,10 @@ def _run_trace(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     if args.output is not None:
         DatasetWriter(args.output, ())
-    for file in filter(None, (args.plot, args.profile if saves else None)):
+    if saves:
         require(
-            file.absolute().parent.is_dir(),
-            f"cannot write {file}: there is no folder {file.parent}; make it, or choose another file",
+            args.profile.absolute().parent.is_dir(),
+            f"cannot write {args.profile}: there is no folder {args.profile.parent}; make it, or choose another file",
         )
     source = TraceSource(args.source or args.profile, args.column, args.split)
     settings = TraceSettings(
@@ -400,7 +397,9 @@ def _make(
     report()
     if "train" in schema.splits:
         command = command_line("fit", "--config", "dlrm.yaml", "--data.path", str(output))
-        print(command_after("train on it:", command))
+        best = schema.optimum["train"].auc
+        chance = "the labels are independent of the features (best AUC 0.5), so measure speed on it, not scores:"
+        print(command_after(chance if best == 0.5 else "train on it:", command))
     return 0
 
 

@@ -27,6 +27,7 @@ from datamodules.generate.draws import stream
 from datamodules.generate.folder import SEED_RANGE, cache_folder, check_settings, make_once, rows_of_splits
 from datamodules.generate.profiles import CLASS_LOW, Profile, TraceSource, lru_stack, phase_end
 from datamodules.generate.random import chance_scores, dense_block, label_block
+from datamodules.preprocess.skew import check_figure_file
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Split
@@ -253,7 +254,8 @@ def render_fits(fits: Sequence[Fit]) -> str:
         for line in (
             f"{fit.column}: {fit.accesses:,} accesses; original / generated",
             f"  unique rows       {fit.distinct[0]:>13,} / {fit.distinct[1]:,}",
-            f"  stack distances   LRU hit rates differ by at most {fit.distance_error:.2%} at any cache size;",
+            "  stack distances   LRU hit rates of caches of any size differ by at most",
+            f"                    {100 * fit.distance_error:.2f} percentage points;",
             f"                    {fit.variation:.2%} of the distances are in another range 2^n to 2^(n+1)",
             *(
                 f"  LRU hit rate      {first:>13.2%} / {second:.2%} with {counted(rows, 'row')}"
@@ -264,22 +266,18 @@ def render_fits(fits: Sequence[Fit]) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """Check that ``plot_fits`` can write a picture of this kind.
+    """Check before long work that ``plot_fits`` can write a figure.
 
     Raises:
-        UserError: matplotlib is not installed, or knows no such kind of picture.
+        UserError: matplotlib is not installed, or see ``check_figure_file``.
     """
     try:
-        from matplotlib.backend_bases import FigureCanvasBase
+        import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(
             f"--plot needs {error.name}, which is not installed; install it with: pip install 'lightning-dlrm[trace]'"
         ) from error
-    kinds = sorted(FigureCanvasBase.filetypes)
-    require(
-        path.suffix.removeprefix(".") in kinds,
-        f"{path} has no suffix of a format that can be drawn; give it one of {', '.join(kinds)}",
-    )
+    check_figure_file(path)
 
 
 def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], source: str, path: Path) -> None:

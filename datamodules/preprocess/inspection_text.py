@@ -5,6 +5,7 @@ from typing import Any
 
 from datamodules.folder import Folder
 from datamodules.preprocess.leakage import render_equal_rows
+from datamodules.preprocess.recipe import SCHEMA_PROTOCOL
 from datamodules.preprocess.text_tables import filled_below, fitted
 from lightning_dlrm.contracts.schema import ROLE_NAMES, SCHEMA_FILE
 from lightning_dlrm.contracts.terminal import aligned, binary_size, counted
@@ -24,9 +25,8 @@ def render(facts: Mapping[str, Any], width: int = 0) -> str:
         entries.append(("left out", ", ".join(facts["left_out"])))
     if facts["split_rule"]:
         entries.append(("split", facts["split_rule"]))
-    lines = filled_below(
-        f"{counted(facts['rows'], 'row')} of dataset {facts['dataset']}, protocol {facts['protocol']}", width, indent=2
-    )
+    protocol = "" if facts["protocol"] == SCHEMA_PROTOCOL else f", protocol {facts['protocol']}"
+    lines = filled_below(f"{counted(facts['rows'], 'row')} of dataset {facts['dataset']}{protocol}", width, indent=2)
     lines += [*_entry_lines(entries, width), "", *_split_table(facts, width), "", *_column_table(facts, width)]
     if facts["optimum"]:
         lines += ["", "best scores that any model can reach:"]
@@ -173,6 +173,8 @@ def _column_table(facts: Mapping[str, Any], width: int) -> list[str]:
     legends = [f"{header[number]}: {_LEGENDS[header[number]]}" for number in shown if header[number] in _LEGENDS]
     if any(column["missing"] is None for column in features):
         legends.append("missing values of columns without a share of them are not counted in this dataset")
+    if any(column["role"] == "multi_hot" and column["ids_for_90"] is None for column in columns):
+        legends.append("top id and 90% of multi-hot columns: not counted here; --plot counts and draws them")
     return lines + [part for legend in legends for part in filled_below(legend, width, "  ", 4)]
 
 

@@ -34,8 +34,10 @@ _FONT = 7.5
 _LABELS = 0.45  # inches of the labels below axes
 _SHOWN_SHARE = 0.005  # of the lookups, from which on curves are of interest
 _LEAST = 0.7  # of an axis of ids, so that a mark at 1 is whole
-# Marker, colour inside and size, for each of SHARES: larger ones lie below, so that marks at one place are all seen.
-_MARKS = (("o", "white", 3), ("^", "0.75", 4.5), ("D", "black", 5.5))
+# Marker, colour inside, and height in the bar for each of SHARES, so that marks at one number are all seen.
+_MARKS = (("o", "white", -0.25), ("^", "0.75", 0.0), ("D", "black", 0.25))
+_MARK_SIZE = 3.2
+_NARROW = 20  # ratio of the ends of an axis, below which it has more numbers than powers of ten
 _MOSTLY_ONCE = 0.5  # share of ids that occur once, from which on a table is marked
 # Colours of Okabe and Ito, which differ in lightness too; each with a line style of its own.
 _CURVES = (
@@ -182,12 +184,21 @@ def check_figure(schema: DatasetSchema, path: Path) -> None:
     """Check before long work that ``draw`` will have something to draw.
 
     Raises:
-        UserError: there are no tables, or the file's suffix is not that of a figure.
+        UserError: there are no tables, or see ``check_figure_file``.
     """
     require(
         schema.features.tables,
         "the dataset has no categorical or multi-hot columns, so there are no tables to plot",
     )
+    check_figure_file(path)
+
+
+def check_figure_file(path: Path) -> None:
+    """Check before long work that a figure can be written.
+
+    Raises:
+        UserError: there is no such folder, or the file's suffix is not that of a figure.
+    """
     parent = path.absolute().parent
     require(parent.is_dir(), f"cannot write {path}: there is no folder {path.parent}; make it, or choose another file")
     require(
@@ -207,6 +218,7 @@ def draw(skews: Sequence[Skew], title: str, path: Path) -> None:
     """
     # Imported here: commands that draw nothing start without it.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     largest = sorted(skews, key=lambda skew: -skew.column.cardinality)
     shown = [skew for skew in skews if skew in largest[:_MOST_TABLES]]
@@ -218,9 +230,6 @@ def draw(skews: Sequence[Skew], title: str, path: Path) -> None:
     _draw_sizes(above, shown, len(skews))
     _draw_curves(below, skews, largest[:_NAMED_CURVES])
     handles, labels = above.get_legend_handles_labels()
-    # The smallest share first; it is drawn last.
-    marks = len(SHARES)
-    handles[:marks], labels[:marks] = handles[marks - 1 :: -1], labels[marks - 1 :: -1]
     # Below the axes: inside them they would hide bars or curves of some dataset.
     style = {"fontsize": _FONT, "frameon": False, "loc": "upper left", "borderaxespad": 0.0}
     above.legend(handles, labels, bbox_to_anchor=(0, -_LABELS / heights[0]), handlelength=1.5, **style)
@@ -230,6 +239,10 @@ def draw(skews: Sequence[Skew], title: str, path: Path) -> None:
         axes.tick_params(labelsize=_FONT)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
+        left, right = axes.get_xlim()
+        if right < _NARROW * left:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_axisbelow(True)
     try:
         figure.savefig(path, dpi=220)
@@ -250,15 +263,15 @@ def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
             va="center",
             fontsize=_FONT,
         )
-    for share, (marker, fill, marker_size) in reversed(list(zip(SHARES, _MARKS, strict=True))):
+    for share, (marker, fill, height) in zip(SHARES, _MARKS, strict=True):
         counted = [(skew.ids_for[share], row) for row, skew in zip(rows, shown, strict=True) if skew.lookups]
         axes.plot(
             [ids for ids, _ in counted],
-            [row for _, row in counted],
+            [row + height for _, row in counted],
             marker,
             color="black",
             markerfacecolor=fill,
-            markersize=marker_size,
+            markersize=_MARK_SIZE,
             markeredgewidth=0.6,
             label=f"most frequent ids that {share:.0%} of the lookups go to",
         )

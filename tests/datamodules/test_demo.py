@@ -2,7 +2,6 @@
 (seed, split, block) and of nothing else; labels are drawn from the planted click model, whose own scores are the
 stored optimum, and logistic regression cannot come near it."""
 
-import argparse
 import dataclasses
 import math
 import shutil
@@ -22,6 +21,7 @@ from datamodules.folder import verify
 from datamodules.generate import command, demo
 from datamodules.generate.demo import BLOCK_ROWS, DemoSettings, PlantedModel, demo_folder, demo_schema, generate_demo
 from datamodules.generate.folder import rows_of_splits
+from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, DatasetSchema
 
@@ -347,7 +347,7 @@ def test_processes_generating_into_one_folder_agree(tmp_path: Path) -> None:
 def test_command_generates_and_says_how_good_a_model_can_get(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
+    parser = HelpParser()
     command.add_arguments(parser)
     options = {"--rows": 2_000, "--validation-rows": 500, "--test-rows": 400, "--seed": 3, "--max-table-rows": 50}
     arguments = [str(word) for option in options.items() for word in option]

@@ -2,7 +2,6 @@
 ones, growing numbers of distinct ids and labels of the planted model; a row depends on (dataset, seed, position)
 alone."""
 
-import argparse
 import gzip
 import json
 import subprocess
@@ -18,6 +17,7 @@ from datamodules.generate.demo import BLOCK_ROWS, Feature
 from datamodules.generate.tsv import TSV_DATASETS, TsvDataset, TsvSettings, generate_tsv, planted_model
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
+from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE
 
@@ -154,7 +154,7 @@ def test_mistakes_are_told_and_leave_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("there").write_text("mine")
-    parser = argparse.ArgumentParser()
+    parser = HelpParser()
     command.add_arguments(parser)
     with pytest.raises(UserError, match=message):
         command.run(parser.parse_args(["tsv", "--output", "new", *options]))

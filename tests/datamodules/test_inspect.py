@@ -154,6 +154,7 @@ def test_tables_fit_80_columns_with_long_names(tmp_path: Path) -> None:
     assert facts["left_out"] == ["day", "all columns that the schema does not name"]
     lines = render({**facts, "folder": "data"}, 79).splitlines()
     assert max(map(len, lines)) <= 79
+    assert lines[0] == "5 rows of dataset mine", "the protocol of all datasets with a schema says nothing"
     assert "  left out      day, all columns that the schema does not name" in lines
     cells = lines[lines.index(names[1]) + 1].split()
     assert cells == ["categorical", "9", "100.00%", "(missing/rare)", "1"]
@@ -286,6 +287,7 @@ def test_what_is_suspicious_is_said(tmp_path: Path) -> None:
     ]
     lines = render(facts, 79).splitlines()
     assert lines[lines.index("check these:") + 1].startswith("  30.00% of the test rows")
+    assert "  top id and 90% of multi-hot columns: not counted here; --plot counts and" in lines
 
 
 def test_addresses_are_inspected_like_folders(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 asked; every block is a function of (settings, split, number) and of nothing else, on every machine; and a setting
 that makes no sense is refused by name."""
 
-import argparse
 import dataclasses
 import hashlib
 import inspect
@@ -39,6 +38,7 @@ from datamodules.generate.random import (
 )
 from datamodules.generate.tsv import TsvSettings, generate_tsv
 from datamodules.synthetic import RandomData
+from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 
@@ -306,7 +306,7 @@ def test_a_file_that_cannot_grow_is_told_and_leaves_nothing(tmp_path: Path) -> N
 
 
 def test_command_makes_what_its_options_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
+    parser = HelpParser()
     command.add_arguments(parser)
     options = "--rows 300 --validation-rows 40 --test-rows 0 --tables 9,5 --dense 2 --indices 3 --min-indices 0"
     arguments = ["random", "--output", str(tmp_path / "data"), *options.split(), "--law", "zipf", "--seed", "4"]

@@ -2,7 +2,6 @@
 number of distinct rows, phase by phase, stays within its table, and depends on the profile and the seed alone; what
 cannot be profiled is refused by name."""
 
-import argparse
 import hashlib
 import inspect
 import itertools
@@ -35,6 +34,7 @@ from datamodules.generate.trace import (
 )
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
 
@@ -324,7 +324,7 @@ def test_splits_follow_each_other_in_one_trace(source: tuple[Path, dict[str, Any
 def test_command_reports_the_fit(
     source: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
+    parser = HelpParser()
     command.add_arguments(parser)
 
     def run(*arguments: str) -> str:
@@ -338,6 +338,8 @@ def test_command_reports_the_fit(
     assert schema.splits["train"].rows == ROWS and list(schema.features.tables) == ["C1"]
     original, copy = (TraceSource(Path(path), ["C1"]).profiles(progress=False)[0] for path in (source[0], data))
     assert render_fits([measure_fit(original, copy)]) in text
+    assert "percentage points" in text
+    assert "independent of the features (best AUC 0.5), so" in " ".join(text.split()) and "train on it" not in text
     text = run("--profile", profile, "--output", str(tmp_path / "long"), "--rows", "25000", "--test-rows", "0")
     assert f"after the original's {ROWS:,} accesses, the unique rows grow" in text and "after 25,000 acc" in text
     text = run("--profile", profile, "--output", str(tmp_path / "short"), "--rows", "5000", "--test-rows", "0")
@@ -352,7 +354,7 @@ def test_command_reports_the_fit(
     for arguments, message in (
         ([*new[:3], data], "exists and is not an empty folder"),
         ([*new, "--rows", "999"], "--rows is 999; give at least 1,000, to measure the fit"),
-        ([*new, "--plot", "fit.xyz"], "fit.xyz has no suffix of a format that can be drawn; give it one of .* png"),
+        ([*new, "--plot", "fit.gif"], "fit.gif does not have the suffix of a figure; give it one of .png, .pdf, .svg"),
         ([*new, "--plot", "nowhere/fit.png"], "cannot write nowhere/fit.png: there is no folder nowhere"),
         ([*new, "--profile", "nowhere/p.json"], "cannot write nowhere/p.json: there is no folder nowhere"),
         ([*new[:2], "--plot", "fit.png", "--profile", "q.json"], "--plot compares generated accesses"),
