@@ -6,18 +6,21 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning_dlrm.contracts.errors import cause_of, shown_path
+from lightning_dlrm.contracts.errors import cause_of, joined, shown_path
 
 _INSTALLED = {Path(path).resolve() for path in sysconfig.get_paths().values()}
 _HERE = Path(__file__).resolve().parents[2]
 _PACKAGES = (_HERE / "lightning_dlrm", _HERE / "datamodules")
 
-_ARGUMENTS = {"CTRNetwork": "features, seed", "Optimizer": "params", "LRScheduler": "optimizer"}
+_ARGUMENTS = {"CTRNetwork": ["features", "seed"], "Optimizer": ["params"], "LRScheduler": ["optimizer"]}
 """Base class -> the arguments with which this project makes an instance, before those of the configuration."""
+_NO_INIT = r"before Module\.__init__\(\) call"
+"""What torch says of a module whose ``__init__`` does not call that of its base first."""
 
 
 def fault_in_own_code(error: BaseException) -> tuple[str | None, str]:
@@ -29,10 +32,11 @@ def fault_in_own_code(error: BaseException) -> tuple[str | None, str]:
     define the method.
     """
     if (place := place_in_own_code(error)) is not None:
-        return place, cause_of(error)
+        remedy = "; call super().__init__(...) first" if re.search(_NO_INIT, str(error)) else ""
+        return place, f"{cause_of(error)}{remedy}"
     called = re.match(r"([\w.]+)\.(\w+)\(\) (?:takes|missing|got) ", str(error))
-    if isinstance(error, TypeError) and called and (owner := _own_class(called[1])) is not None:
-        return _place_of(owner, called[2]), f"{cause_of(error)}; define it as {_form(owner, called[2])}"
+    if isinstance(error, TypeError) and called and (owner := _own_class(called[1], error)) is not None:
+        return _place_of(owner, called[2]), f"{cause_of(error)}; {_remedy(owner, called[2], error)}"
     frame = _innermost_frame(error)
     owner = None if frame is None else type(frame.f_locals.get("self"))
     if frame is None or owner is None or not _is_own_class(owner):
@@ -85,17 +89,31 @@ def _is_own_class(made_by: Callable[..., Any]) -> bool:
     return file is not None and _is_own(file)
 
 
-def _own_class(name: str) -> type | None:
-    """Return the class of this qualified name in a module of the user's; None if there is none."""
+def _own_class(name: str, error: BaseException) -> type | None:
+    """Return the class of this qualified name in a module of the user's; None if there is none.
+
+    Of several, it is the one that the innermost frame of the error's traceback with one of them calls, or whose
+    instance it uses; None if no frame has exactly one.
+    """
+    found: dict[type, None] = {}
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
         if file is None or not _is_own(file):
             continue
-        found: Any = module
-        for part in name.split("."):
-            found = vars(found).get(part) if hasattr(found, "__dict__") else None
-        if inspect.isclass(found) and found.__qualname__ == name:
-            return found
+        part: Any = module
+        for key in name.split("."):
+            part = vars(part).get(key) if hasattr(part, "__dict__") else None
+        if inspect.isclass(part) and part.__qualname__ == name:
+            found[part] = None
+    if len(found) < 2:
+        return next(iter(found), None)
+    for frame in reversed([frame for frame, _ in traceback.walk_tb(error.__traceback__)]):
+        values = [value.func if isinstance(value, partial) else value for value in frame.f_locals.values()]
+        classes = {
+            base for value in values for base in inspect.getmro(value if inspect.isclass(value) else type(value))
+        }
+        if len(used := found.keys() & classes) == 1:
+            return used.pop()
     return None
 
 
@@ -113,12 +131,25 @@ def _file_and_line(made_by: Callable[..., Any]) -> str:
         return shown_path(file)
 
 
+def _remedy(owner: type, method: str, error: TypeError) -> str:
+    """Return how to change a method of an own class whose arguments do not fit."""
+    missing = re.findall(r"'(\w+)'", str(error).partition(" missing ")[2])
+    if method == "__init__" and missing and not set(missing) & set(_given(owner)):
+        return f"give {joined(missing, 'and')} a default"
+    return f"define it as {_form(owner, method)}"
+
+
+def _given(owner: type) -> list[str]:
+    """Return the arguments with which this project makes an instance of an own class."""
+    bases = [base.__name__ for base in inspect.getmro(owner)]
+    return next((_ARGUMENTS[name] for name in bases if name in _ARGUMENTS), [])
+
+
 def _form(owner: type, method: str) -> str:
     """Return the form of a method as the base of an own class has it, such as ``score(self, dense_BI, vectors)``."""
-    bases = [base for base in inspect.getmro(owner)[1:] if not _is_own_class(base)]
     if method == "__init__":
-        given = next((_ARGUMENTS[base.__name__] for base in bases if base.__name__ in _ARGUMENTS), "")
-        return f"__init__({', '.join(filter(None, ['self', given, '...']))})"
+        return f"__init__({', '.join(['self', *_given(owner), '...'])})"
+    bases = [base for base in inspect.getmro(owner)[1:] if not _is_own_class(base)]
     base = next((base for base in bases if method in vars(base)), owner)
     parameters = inspect.signature(getattr(base, method)).parameters.values()
     listed = ", ".join(

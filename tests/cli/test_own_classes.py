@@ -1,5 +1,6 @@
 """A fault in a class of the user's own is one line that names the class, its file and line, and what to write."""
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.own_code import fault_in_own_code
 from lightning_dlrm.testing import check_network
 from tests.cli.test_cli import FIT, QUICK, own_folders
 
@@ -64,6 +66,11 @@ class TextResult(NoScore):
 class NetworkNeeds(Good):
     def __init__(self, features, seed, magic):
         super().__init__(features, seed)
+
+
+class NoInit(CTRNetwork):
+    def __init__(self, features, seed=0):
+        self.embeddings = Embeddings(features.tables, 2, seed)
 
 
 class Divides(Good):
@@ -196,6 +203,7 @@ CASES = {
         "ScoreOneArg": "in ScoreOneArg.score: TypeError: .* define it as score(self, dense_BI, vectors)",
         "TextResult": "TextResult.score (own.py, line .* returns a str; expected one logit for each sample",
         "NetworkNeeds": "model.network: magic of NetworkNeeds (own.py, line .* is missing; .* --model.network.magic",
+        "NoInit": "in __init__: AttributeError: .* before Module.__init__() call; call super().__init__(...) first",
         "Divides": "not finite at step 1 .* before the first update, so learning rates are not the cause; ",
     },
     "model.dense_optimizer": {
@@ -258,3 +266,34 @@ def test_check_network_names_the_same_faults() -> None:
     for name, said in (("NoFeatures", "__init__"), ("ScoreOneArg", "score"), ("NoScore", "score")):
         with pytest.raises(UserError, match=rf"[;] define (it as )?{said}\(self, .*own.py, line \d+"):
             check_network(getattr(own, name))
+
+
+def test_check_network_asks_for_defaults() -> None:
+    import own
+
+    required = r"own\.py, line \d+, in NetworkNeeds.__init__"
+    with pytest.raises(UserError, match=rf"'magic'; give magic a default \({required}\)"):
+        check_network(own.NetworkNeeds)
+
+
+def test_of_two_classes_of_a_name_the_one_at_fault_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("other", "third"):
+        Path(f"{name}.py").write_text(f"# {name}\n{OWN}")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import other
+    import own
+    import third
+
+    for module, file in ((own, "own.py"), (other, "other.py"), (third, "third.py")):
+        for name in ("NoFeatures", "ScoreOneArg"):
+            for make in (getattr(module, name), functools.partial(getattr(module, name))):
+                with pytest.raises(UserError, match=rf"\({file}, line \d+, in {name}"):
+                    check_network(make)
+    for key, name in (("model.network", "NoFeatures"), ("model.network", "ScoreOneArg"),
+                      ("model.table_optimizer", "StateOneArg"), ("trainer.callbacks+", "HookOneArg")):  # fmt: skip
+        assert main([*FIT, *QUICK, "--run_dir", "run", "--trust", "third", f"--{key}=third.{name}"]) == 2
+        assert "error: third.py, line" in capsys.readouterr().err
+    # Without a frame that knows the class, no file is better than a wrong one.
+    assert fault_in_own_code(TypeError("NoSeed.__init__() takes 2 positional arguments but 3 were given"))[0] is None
