@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.own_code import fault_in_own_code
+from lightning_dlrm.contracts.own_code import fault_in_own_code, with_place
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.models.network import PROBABILITIES, CTRNetwork, fault_of_logits, returns_probabilities
@@ -51,6 +51,9 @@ def _problems(make_network: MakeNetwork, features: Features) -> Iterator[str]:
         return
     if not isinstance(network, CTRNetwork):
         yield f"make_network(features, seed) returns a {type(network).__name__}; derive it from CTRNetwork"
+        return
+    if not hasattr(network, "training"):
+        yield f"{with_place(type(network))} does not initialize its base; call super().__init__(features.dense) first"
         return
     yield from _build_problems(make_network, features, network)
     batches = {

@@ -68,6 +68,11 @@ class ForwardAlone(Own):
         return self.top(torch.cat([self.missing(dense_BI), self.embeddings(ids)], dim=1)).squeeze(1)
 
 
+class NoInit(CTRNetwork):
+    def __init__(self, features: Features, seed: int) -> None:
+        self.tables = features.tables
+
+
 class KeepsNaN(Own):
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         return self.top(torch.cat([dense_BI, vectors["embeddings"]], dim=1)).squeeze(1)
@@ -206,6 +211,7 @@ def test_a_network_with_forward_alone() -> None:
         (lambda features: Own(features, 1), "cannot be made: make_network.features, seed. raises TypeError"),
         (CTRNetwork, "cannot be made|defines neither score nor forward"),
         (Plain, "- Plain is not a subclass of CTRNetwork; derive your class from CTRNetwork"),
+        (NoInit, r"NoInit \(.*test_testing.py, line \d+\) does not initialize its base; call super\(\).__init__\("),
         (EndsInReLU, "no logit is below 0: does the last layer end in a ReLU"),
         (WrongKey, "score of a batch .* no key 'tables'; the keys of vectors are embeddings .*in score"),
         (WrongOwnKey, r"score of a batch .* KeyError: 'weight' \(.*in score\)"),

@@ -154,7 +154,8 @@ def explain(message: str, known: Sequence[str]) -> str:
     if "PublishedScore" in message:
         return f"{key} is {given[1].strip() if given else 'something else'}; expected {_PUBLISHED}"
     if match := re.search(r"[Ii]mport path ?([\w.]*) does not correspond to a subclass of (\w+)", message):
-        return f"{key}: {match[1] or (given[1].strip() if given else 'this class')} is not a subclass of {match[2]}"
+        name = match[1] or (given[1].strip() if given else "this class")
+        return f"{key}: {name} is not a subclass of {match[2]}; derive your class from {match[2]}"
     if explained := _explain_section(key, given[1] if given else "", message):
         return explained
     if classes_of(key) and (wrong := re.search(_NO_CLASS_AT_ALL, message)):

@@ -244,7 +244,8 @@ def test_classes_that_do_not_exist_are_not_called_unfit() -> None:
     for key in ("model.network", "model.loss", "model.schedule", "data", "trainer.logger"):
         assert f"{key}: own.Foo is " in refused(f"--{key}=own.Foo")
     assert "there is no own.Nope" in refused("--trainer.callbacks=[{class_path: own.Nope}]")
-    assert "own.Foo is not a subclass of Callback" in refused("--trainer.callbacks=[{class_path: own.Foo}]")
+    unfit = "own.Foo is not a subclass of Callback; derive your class from Callback"
+    assert unfit in refused("--trainer.callbacks=[{class_path: own.Foo}]")
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "params", "plan", "compare", "checkpoint import"])
