@@ -29,9 +29,9 @@ from lightning_dlrm.compare.experiment import (
 from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.options import Split, make_parser
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs
-from lightning_dlrm.compare.ranking import answer, ranked, still_improving, title_of
+from lightning_dlrm.compare.ranking import answer, title_of
 from lightning_dlrm.compare.report import arms_table, closing_words, page_of, write_report
-from lightning_dlrm.compare.results import check_data, compare
+from lightning_dlrm.compare.results import check_data, compare, ranked
 from lightning_dlrm.compare.runs import Arm, arms_of, read_run
 from lightning_dlrm.compare.scores import (
     Samples,
@@ -41,6 +41,7 @@ from lightning_dlrm.compare.scores import (
     scoring_command,
     shared_samples,
 )
+from lightning_dlrm.compare.training_length import fallen, still_improving
 from lightning_dlrm.contracts.disk import write_fault
 from lightning_dlrm.contracts.errors import UserError, joined, nearest
 from lightning_dlrm.contracts.terminal import command_after
@@ -272,6 +273,7 @@ def _report(
     found = {
         "answer": " ".join(answer(comparison)),
         "still_improving": [dataclasses.asdict(one) for one in still_improving(comparison)],
+        "best_early": [dataclasses.asdict(one) for one in fallen(comparison)],
         **comparison.document(),
     }
     document.write_text(json.dumps(found, indent=1) + "\n")

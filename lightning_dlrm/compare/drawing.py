@@ -20,8 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lightning_dlrm.cli.palette import OKABE_ITO
-from lightning_dlrm.compare.ranking import ranked
-from lightning_dlrm.compare.results import Comparison
+from lightning_dlrm.compare.results import Comparison, ranked
 from lightning_dlrm.contracts.terminal import counted
 
 LINES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 1)), (0, (5, 1)), (0, (1, 3)))

@@ -3,30 +3,20 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from lightning_dlrm.compare.pairs import Pair
-from lightning_dlrm.compare.results import Comparison, sample_counts
+from lightning_dlrm.compare.results import Comparison, pair_of, ranked, sample_counts
 from lightning_dlrm.compare.runs import Arm, by_data
 from lightning_dlrm.compare.statistics import Interval, Metric, Score
+from lightning_dlrm.compare.training_length import fall_words, improving_words, still_improving
 from lightning_dlrm.contracts.errors import joined
-from lightning_dlrm.tracking import names
 
 _SHOWN_NAMES = 4
 """Most configurations that a title or a sentence lists by name; of more it gives the number."""
 _MOST_DIGITS = 7
 _ROUNDING = 1e-12
-_FEW_STEPS = 1000
-"""Steps from which on a training is not called too short: one epoch of a larger log, where an AUC rises because more
-samples are seen, and rises in all configurations."""
-_LATE_RISE = 0.01
-"""Smallest rise of a validation AUC in the second half of a training that calls the training too short."""
-_LATE_SHARE = 0.25
-"""Smallest share of the distance to the first configuration for the same: a smaller rise does not change the order."""
-_LONGER = 5
-"""Factor of the longer training that is advised."""
 
 
 def title_of(arms: Sequence[Arm]) -> str:
@@ -92,20 +82,6 @@ def _listed(words: Sequence[str]) -> str:
     return joined(words, "and")
 
 
-def ranked(comparison: Comparison) -> list[Arm]:
-    """Return the configurations by their mean AUC, the highest first; in the given order if their data differ."""
-    if comparison.warnings:
-        return list(comparison.arms)
-    return sorted(comparison.arms, key=lambda arm: -np.mean(comparison.values(arm, "auc")))
-
-
-def pair_of(comparison: Comparison, one: Arm, other: Arm, metric: Metric = "auc") -> Pair:
-    """Return two configurations under a metric."""
-    return next(
-        pair for pair in comparison.pairs if pair.metric == metric and {pair.a, pair.b} == {one.name, other.name}
-    )
-
-
 def with_spread(comparison: Comparison, metric: Score, digits: int = 5) -> list[str]:
     """Return the mean of a metric of each ranked configuration, with the standard deviation over its seeds in brackets;
     then that of the click rate alone. All have the same number of decimals."""
@@ -151,7 +127,8 @@ def _digits(interval: Interval) -> int:
 
 def answer(comparison: Comparison) -> tuple[str, str]:
     """Return which configuration is best, by how much, how surely and on what data, in one sentence, after those that
-    did not train; then why, what the log loss says, which samples were scored, and whether training was unequal."""
+    did not train; then why, what the log loss says, whose validation AUC fell,
+    which samples were scored, and whether training was unequal."""
     on = f"Scored on {comparison.scored}{_demo(comparison)}.{_unequal(comparison)}"
     failed, advice = _untrained(comparison)
     if comparison.warnings:
@@ -161,52 +138,9 @@ def answer(comparison: Comparison) -> tuple[str, str]:
         head, more = "This is not a comparison of models.", _highest(comparison)
     else:
         head, more = _verdict(comparison)
-    but, longer = _improving_words(comparison)
-    return " ".join(filter(None, [failed, head, but])), " ".join(filter(None, [advice, longer, more, on]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Improving:
-    """A configuration that was still improving when its training ended."""
-
-    arm: str
-    rise: float
-    """Rise of its validation AUC in the second half of the training, the mean over its runs."""
-    behind: float
-    """Distance of its AUC from that of the first configuration."""
-
-
-def still_improving(comparison: Comparison) -> list[Improving]:
-    """Return the configurations of few steps that are surely behind the first, but were still improving by a large part
-    of the distance, so that a longer training may change the order."""
-    if comparison.warnings:
-        return []
-    first, *others = ranked(comparison)
-    found = []
-    for arm in others:
-        interval, rise = pair_of(comparison, first, arm).interval, arm.late_rise
-        trained, steps = len(comparison.random_runs(arm)) < len(arm.runs), arm.span(names.STEP)[1]
-        least = max(_LATE_RISE, _LATE_SHARE * interval.value)
-        if trained and steps < _FEW_STEPS and interval.low > 0 and rise is not None and rise >= least:
-            found.append(Improving(arm=arm.name, rise=rise, behind=interval.value))
-    return found
-
-
-def _improving_words(comparison: Comparison) -> tuple[str, str]:
-    """Return which configurations were still improving, and what that means; empty if none was."""
-    found = still_improving(comparison)
-    if not found:
-        return "", ""
-    first, arms = ranked(comparison)[0], [arm for arm in comparison.arms if arm.name in {one.arm for one in found}]
-    listed = joined([one.arm for one in found], "and")
-    was, its = ("was", "its") if len(found) == 1 else ("were", "their")
-    rises = joined([f"{one.rise:.3f} for {one.arm}, which is {one.behind:.3f} behind" for one in found], "and")
-    epochs = max(arm.settings.get("trainer.max_epochs") or -1 for arm in arms)
-    how = f", such as with --trainer.max_epochs {_LONGER * epochs}" if epochs > 0 else ""
-    where = f"{' and' if how else ', with'} another --output" if comparison.experiment else ""
-    return f"But {listed} {was} still improving when {its} training ended.", (
-        f"In the second half of the training the validation AUC rose by {rises}. Before you believe that {first.name} "
-        f"is better, train all configurations longer{how}{where}."
+    but, longer = improving_words(comparison)
+    return " ".join(filter(None, [failed, head, but])), " ".join(
+        filter(None, [advice, longer, more, fall_words(comparison), on])
     )
 
 
@@ -295,11 +229,14 @@ def _why_undecided(comparison: Comparison, undecided: Sequence[Pair]) -> str:
     if level:
         said.append(f"{name} is not distinguishable from {_listed(level)}: the interval contains 0.")
     if excluding:
-        leads, intervals = ("lead over", "has an interval") if len(excluding) == 1 else ("leads over", "have intervals")
+        leads, intervals = ("lead", "has an interval") if len(excluding) == 1 else ("leads", "have intervals")
         of = f"{'the two are' if len(excluding) == 1 else 'they are'} not distinguishable after adjustment for"
         verdicts = sum(not pair.single for pair in comparison.pairs)
-        said.append(f"Its {leads} {_listed(excluding)} {intervals} above 0, but {of} {verdicts} comparisons.")
+        said.append(f"The {leads} of {name} over {_listed(excluding)} {intervals} above 0, but {of} {verdicts} comparisons.")
     text = " ".join(said)
+    if still_improving(comparison):
+        # A longer training comes before more seeds and test samples.
+        return text
     if undecided[0].difference.mostly_seeds:
         return f"{text} Most of the uncertainty comes from the seeds. {_more_seeds(comparison, ranked(comparison))}"
     return (

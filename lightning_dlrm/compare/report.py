@@ -15,11 +15,12 @@ from lightning_dlrm.compare.drawing import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.experiment import PlannedArm
 from lightning_dlrm.compare.numbers import in_column, p_text
 from lightning_dlrm.compare.pairs import METRIC_TITLES, Pair
-from lightning_dlrm.compare.ranking import answer, behind, distances, pair_of, ranked, still_improving, with_spread
-from lightning_dlrm.compare.results import CLICK_RATE_ALONE, Comparison, sample_counts
+from lightning_dlrm.compare.ranking import answer, behind, distances, with_spread
+from lightning_dlrm.compare.results import CLICK_RATE_ALONE, Comparison, pair_of, ranked, sample_counts
 from lightning_dlrm.compare.runs import Arm, by_data
 from lightning_dlrm.compare.settings_tables import differing_rows, settings_of_runs, shared_rows
 from lightning_dlrm.compare.statistics import Metric, Score
+from lightning_dlrm.compare.training_length import fallen, still_improving
 from lightning_dlrm.contracts.terminal import aligned, emphasized, wrapped
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.sparkline import sparkline
@@ -100,7 +101,8 @@ def _verdict_on(comparison: Comparison, arm: Arm, pair: Pair | None) -> str:
         verdict += f" (p {p_text(pair.p_adjusted)})" * (not pair.single)
     failed = f"{random} of {len(arm.runs)} seeds did not train" if random else ""
     improving = "still improving" if arm.name in {one.arm for one in still_improving(comparison)} else ""
-    return "; ".join(filter(None, [verdict, failed, improving]))
+    fell = [one.when for one in fallen(comparison) if one.arm == arm.name]
+    return "; ".join(filter(None, [verdict, failed, improving, *fell]))
 
 
 def _overlapping(comparison: Comparison) -> bool:

@@ -223,6 +223,20 @@ def sample_counts(arm: Arm) -> str:
     return " to ".join(f"{count:,.0f}" for count in dict.fromkeys(arm.span(names.SAMPLES)))
 
 
+def ranked(comparison: Comparison) -> list[Arm]:
+    """Return the configurations by their mean AUC, the highest first; in the given order if their data differ."""
+    if comparison.warnings:
+        return list(comparison.arms)
+    return sorted(comparison.arms, key=lambda arm: -np.mean(comparison.values(arm, "auc")))
+
+
+def pair_of(comparison: Comparison, one: Arm, other: Arm, metric: Metric = "auc") -> Pair:
+    """Return two configurations under a metric."""
+    return next(
+        pair for pair in comparison.pairs if pair.metric == metric and {pair.a, pair.b} == {one.name, other.name}
+    )
+
+
 def check_data(runs: Sequence[Run], force: bool) -> list[str]:
     """Check that all runs were trained on the same data, splits and protocol.
 

@@ -106,6 +106,12 @@ class Run:
             return None
         return max(aucs) - max(aucs[: nearest + 1])
 
+    @property
+    def fall(self) -> float:
+        """How far the last validation AUC is below that of the best validation."""
+        auc = f"{names.VALIDATION}/auc"
+        return float(self.best[auc] - self.final[auc])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -138,6 +144,11 @@ class Arm:
         """The mean of ``Run.late_rise``; None if a run has none."""
         rises = [run.late_rise for run in self.runs]
         return None if None in rises else float(np.mean(rises))  # type: ignore[arg-type]
+
+    @property
+    def fall(self) -> float:
+        """The mean of ``Run.fall``."""
+        return float(np.mean([run.fall for run in self.runs]))
 
     def median(self, name: str) -> float:
         """Return the median over the runs of a number at their end; NaN if one of them lacks it."""

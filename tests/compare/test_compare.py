@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,11 +44,12 @@ from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, p
 from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.options import make_parser
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, scored_share, trained_samples
-from lightning_dlrm.compare.ranking import answer, distance, is_figure5, still_improving, title_of
-from lightning_dlrm.compare.results import compare
+from lightning_dlrm.compare.ranking import answer, distance, is_figure5, title_of
+from lightning_dlrm.compare.results import Comparison, compare
 from lightning_dlrm.compare.runs import Arm, arms_of, data_differences, format_value, read_run, settings_of
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_samples
 from lightning_dlrm.compare.statistics import Interval
+from lightning_dlrm.compare.training_length import fallen, still_improving
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column
 from lightning_dlrm.objectives.metrics import exact_auc
@@ -300,7 +302,8 @@ def test_finished_runs_give_a_report(monkeypatch: pytest.MonkeyPatch, capsys: py
 
     document = json.loads((output / "report.json").read_text())
     assert (
-        set(document) == {"answer", "still_improving", "click_rate_alone", "runs", "arms", "pairs", "adjustment"}
+        set(document)
+        == {"answer", "still_improving", "best_early", "click_rate_alone", "runs", "arms", "pairs", "adjustment"}
         and document["adjustment"] == "holm"
     )
     assert [(run["arm"], run["seed"]) for run in document["runs"]] == [
@@ -467,8 +470,8 @@ def test_a_configuration_that_was_still_improving_is_named(
     for text in (said, html, document["answer"]):
         assert "But DCN was still improving when its training ended." in text and "DLRM wins" in text
     assert re.search(
-        r"In the second half of the training the validation AUC rose by 0\.150 for DCN, which is 0\.\d{3} behind\. "
-        r"Before you believe that DLRM is better, train all configurations longer, such as with "
+        r"In the second half of the training the validation AUC rose by 0\.150 for DCN \(0\.\d{3} behind\)\. "
+        r"Before you trust this ranking, train all configurations longer, such as with "
         r"--trainer\.max_epochs 5\.",
         document["answer"],
     )
@@ -482,7 +485,6 @@ def test_a_configuration_that_was_still_improving_is_named(
         pytest.param(0.58, 0.589, 2.0, 10, id="a rise that is small"),
         pytest.param(0.58, 0.61, 3.0, 10, id="a rise that is small beside the distance"),
         pytest.param(0.58, 0.57, 2.0, 10, id="a fall"),
-        pytest.param(0.58, 0.70, 1.0, 10, id="no winner"),
         pytest.param(0.55, 0.70, 2.0, 2_048, id="one epoch of a larger log"),
     ],
 )
@@ -497,6 +499,88 @@ def test_a_rise_that_does_not_endanger_the_verdict_is_not_mentioned(
     samples = shared_samples(runs, "test")
     scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
     assert not still_improving(compare(arms_of(runs), scores, title="t", split="test"))
+
+
+def after(dlrm: dict[int, float], dcn: dict[int, float], lead: float = 1.0, steps: int = 10) -> Comparison:
+    """A comparison of two configurations with three seeds each, whose validation AUC is that of the last of these steps
+    so far, and whose skills differ by a lead."""
+    runs = []
+    for arm, aucs, skill in zip(plain_arms(), (dlrm, dcn), (lead, 1.0), strict=True):
+        for seed in (1, 2, 3):
+            run = read_run(leave_run(arm, seed, Path("out"), skill))
+            history = [
+                {**line, "validation/auc": aucs[max(step for step in aucs if step <= line["step"])]}
+                for line in run.history
+            ]
+            best = max(history, key=lambda line: line["validation/auc"])
+            final = {**run.final, "validation/auc": history[-1]["validation/auc"], "step": steps}
+            runs.append(dataclasses.replace(run, history=history, best=best, final=final))
+    samples = shared_samples(runs, "test")
+    scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
+    return compare(arms_of(runs), scores, title="t", split="test")
+
+
+STAYS, RISES, FALLS = {1: 0.7}, {1: 0.6, 6: 0.65}, {1: 0.6, 3: 0.72, 7: 0.70}
+
+
+@pytest.mark.parametrize(
+    ("dlrm", "dcn", "lead", "named", "words"),
+    [
+        (STAYS, RISES, 1.0, ["DCN"], "But DCN was still improving when its training ended."),
+        (RISES, STAYS, 1.0, ["DLRM"], "But DLRM was still improving when its training ended."),
+        (RISES, RISES, 1.0, ["DLRM", "DCN"], "But both configurations were still improving when their training ended."),
+        (RISES, {1: 0.5, 6: 0.65}, 2.0, ["DLRM", "DCN"], "But both configurations were still improving when their"),
+        # Of a sure winner that was improving, a longer training makes the lead larger.
+        (RISES, STAYS, 2.0, [], "wins"),
+        (STAYS, STAYS, 1.0, [], "Most of the uncertainty comes from"),
+        (FALLS, {1: 0.6, 8: 0.72, 10: 0.70}, 1.0, [], "Most of the uncertainty comes from"),
+    ],
+)
+def test_a_longer_training_is_advised_before_more_seeds_and_test_samples(
+    dlrm: dict[int, float], dcn: dict[int, float], lead: float, named: list[str], words: str
+) -> None:
+    comparison = after(dlrm, dcn, lead)
+    assert sorted(one.arm for one in still_improving(comparison)) == sorted(named)
+    head, more = answer(comparison)
+    assert words in f"{head} {more}"
+    assert ("Before you trust this ranking, train all configurations longer" in more) == bool(named)
+    if named:
+        assert "Most of the uncertainty" not in more
+    assert not still_improving(after_steps(comparison, 2_048))
+
+
+def after_steps(comparison: Comparison, steps: int) -> Comparison:
+    """The comparison as if its trainings had this number of steps."""
+    arms = [
+        dataclasses.replace(
+            arm, runs=[dataclasses.replace(run, final={**run.final, "step": steps}) for run in arm.runs]
+        )
+        for arm in comparison.arms
+    ]
+    return dataclasses.replace(comparison, arms=arms)
+
+
+def test_a_configuration_whose_validation_auc_fell_is_named() -> None:
+    comparison = after(STAYS, FALLS)
+    (found,) = fallen(comparison)
+    assert (found.arm, found.fall, found.when) == ("DCN", pytest.approx(0.02), "best at step 3 of 10")
+    said = (
+        "After its best, the validation AUC fell by 0.020 for DCN (best at step 3 of 10): a sign of overfitting. "
+        "The scores are those of checkpoints/best, from before the fall."
+    )
+    assert f"{said} A shorter training is enough." in answer(comparison)[1]
+    # What another configuration needs counts more.
+    for path in (Path("out"), *Path().glob("d*-*")):
+        shutil.rmtree(path)
+    both = answer(after(RISES, FALLS))[1]
+    assert said in both and "shorter" not in both and "train all configurations longer" in both
+    assert dataclasses.replace(found, best_steps=[3, 1_200], steps=2_048).when == "best at steps 3 to 1,200 of 2,048"
+
+
+@pytest.mark.parametrize("dcn", [STAYS, RISES, {1: 0.6, 3: 0.709, 7: 0.70}])
+def test_a_small_fall_is_not_mentioned(dcn: dict[int, float]) -> None:
+    comparison = after(STAYS, dcn)
+    assert not fallen(comparison) and "overfitting" not in answer(comparison)[1]
 
 
 def test_the_second_half_needs_a_validation_near_the_middle_of_the_training() -> None:

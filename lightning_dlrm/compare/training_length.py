@@ -1,0 +1,121 @@
+"""Whether the configurations of a comparison were trained long enough, or longer than their validation AUC rose."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_dlrm.compare.results import Comparison, pair_of, ranked
+from lightning_dlrm.contracts.errors import joined
+from lightning_dlrm.tracking import names
+
+_FEW_STEPS = 1000
+"""Steps from which on a training is not called too short: one epoch of a larger log, where an AUC rises because more
+samples are seen, and rises in all configurations."""
+_LATE_RISE = 0.01
+"""Smallest rise of a validation AUC in the second half of a training that calls the training too short."""
+_LATE_SHARE = 0.25
+"""Smallest share of the distance to the first configuration for the same: a smaller rise does not change the order."""
+_FALL = 0.01
+"""Smallest fall of a validation AUC from the best validation to the last that is mentioned."""
+_LONGER = 5
+"""Factor of the longer training that is advised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improving:
+    """A configuration that was still improving when its training ended."""
+
+    arm: str
+    rise: float
+    """Rise of its validation AUC in the second half of the training, the mean over its runs."""
+    behind: float
+    """Distance of its AUC from that of the first configuration; 0 for the first."""
+
+
+def still_improving(comparison: Comparison) -> list[Improving]:
+    """Return the configurations of few steps that were still improving by a large part of their distance to the first,
+    so that a longer training may change the order. The first is one of them if it was improving too, and another was or
+    the second is not surely behind."""
+    arms = [arm for arm in ranked(comparison) if len(comparison.random_runs(arm)) < len(arm.runs)]
+    if comparison.warnings or len(arms) < 2:
+        return []
+    first, *others = arms
+    pairs = [pair_of(comparison, first, arm) for arm in others]
+    behind = [0.0, *(pair.interval.value for pair in pairs)]
+    found = [
+        Improving(arm=arm.name, rise=arm.late_rise, behind=distance)
+        for arm, distance in zip(arms, behind, strict=True)
+        if arm.span(names.STEP)[1] < _FEW_STEPS
+        and arm.fall < _FALL
+        and arm.late_rise is not None
+        and arm.late_rise >= max(_LATE_RISE, _LATE_SHARE * distance)
+    ]
+    return [] if [one.arm for one in found] == [first.name] and pairs[0].interval.low > 0 else found
+
+
+def improving_words(comparison: Comparison) -> tuple[str, str]:
+    """Return which configurations were still improving, and what that means; empty if none was."""
+    found = still_improving(comparison)
+    if not found:
+        return "", ""
+    arms = [arm for arm in comparison.arms if arm.name in {one.arm for one in found}]
+    listed = joined([one.arm for one in found], "and")
+    if len(found) == len(comparison.arms):
+        listed = "both configurations" if len(found) == 2 else "all configurations"
+    was, its = ("was", "its") if len(found) == 1 else ("were", "their")
+    places = [f"{one.behind:.3f} behind" if one.behind else "the first" for one in found]
+    rises = joined([f"{one.rise:.3f} for {one.arm} ({of})" for one, of in zip(found, places, strict=True)], "and")
+    epochs = max(arm.settings.get("trainer.max_epochs") or -1 for arm in arms)
+    how = f", such as with --trainer.max_epochs {_LONGER * epochs}" if epochs > 0 else ""
+    where = f"{' and' if how else ', with'} another --output" if comparison.experiment else ""
+    return f"But {listed} {was} still improving when {its} training ended.", (
+        f"In the second half of the training the validation AUC rose by {rises}. Before you trust this ranking, train "
+        f"all configurations longer{how}{where}."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fallen:
+    """A configuration whose validation AUC fell before its training ended."""
+
+    arm: str
+    fall: float
+    """Fall of its validation AUC from the best validation to the last, the mean over its runs."""
+    best_steps: Sequence[int]
+    """Step of the best validation of each run."""
+    steps: int
+    """Steps of the training."""
+
+    @property
+    def when(self) -> str:
+        """Return when it was best, such as "best at step 18 of 114"."""
+        least, most = min(self.best_steps), max(self.best_steps)
+        return f"best at step{f' {least:,}' if least == most else f's {least:,} to {most:,}'} of {self.steps:,}"
+
+
+def fallen(comparison: Comparison) -> list[Fallen]:
+    """Return the configurations whose last validation AUC is clearly below the best."""
+    return [
+        Fallen(
+            arm=arm.name,
+            fall=arm.fall,
+            best_steps=[int(run.best[names.STEP]) for run in arm.runs],
+            steps=int(arm.span(names.STEP)[1]),
+        )
+        for arm in ranked(comparison)
+        if arm.fall >= _FALL
+    ]
+
+
+def fall_words(comparison: Comparison) -> str:
+    """Return which configurations were best before the end of their training, and which checkpoint was scored; empty if
+    none was."""
+    found = fallen(comparison)
+    if not found:
+        return ""
+    falls = joined([f"{one.fall:.3f} for {one.arm} ({one.when})" for one in found], "and")
+    # Other configurations may need a longer training, and all have the same.
+    enough = "" if still_improving(comparison) else " A shorter training is enough."
+    return (
+        f"After its best, the validation AUC fell by {falls}: a sign of overfitting. The scores are those of "
+        f"checkpoints/best, from before the fall.{enough}"
+    )
