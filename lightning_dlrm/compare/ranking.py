@@ -232,7 +232,8 @@ def _why_undecided(comparison: Comparison, undecided: Sequence[Pair]) -> str:
         leads, intervals = ("lead", "has an interval") if len(excluding) == 1 else ("leads", "have intervals")
         of = f"{'the two are' if len(excluding) == 1 else 'they are'} not distinguishable after adjustment for"
         verdicts = sum(not pair.single for pair in comparison.pairs)
-        said.append(f"The {leads} of {name} over {_listed(excluding)} {intervals} above 0, but {of} {verdicts} comparisons.")
+        over = f"The {leads} of {name} over {_listed(excluding)}"
+        said.append(f"{over} {intervals} above 0, but {of} {verdicts} comparisons.")
     text = " ".join(said)
     if still_improving(comparison):
         # A longer training comes before more seeds and test samples.
