@@ -191,11 +191,7 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
     for path in paths:
         if sum(path.resolve() == other.resolve() for other in paths) > 1:
             raise UserError(f"the run {path} is given twice; give each run once")
-    short = [path.resolve().name for path in paths]
-    runs = [
-        read_run(path, name if short.count(name) == 1 else f"{path.resolve().parent.name}-{name}")
-        for path, name in zip(paths, short, strict=True)
-    ]
+    runs = [read_run(path, name) for path, name in zip(paths, _run_names(paths), strict=True)]
     for run in runs:
         admit_file(run.path / CONFIG)
     warnings = check_data(runs, options.force)
@@ -237,6 +233,22 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
     else:
         print(_to_wandb(page, places[0], output))
     return 0
+
+
+def _run_names(paths: Sequence[Path]) -> list[str]:
+    """Return the names of the run folders; equal names have as many of the folders above them as tell them apart.
+
+    >>> _run_names([Path("one/runs/dlrm-1"), Path("two/runs/dlrm-1"), Path("two/runs/dcn-1")])
+    ['one-runs-dlrm-1', 'two-runs-dlrm-1', 'dcn-1']
+    """
+    parts = [path.resolve().parts for path in paths]
+    names = [of_path[-1] for of_path in parts]
+    for depth in range(2, max(map(len, parts)) + 1):
+        names = [
+            name if names.count(name) == 1 else "-".join(of_path[-depth:])
+            for name, of_path in zip(names, parts, strict=True)
+        ]
+    return names
 
 
 # --- report -------------------------------------------------------------------------------------------

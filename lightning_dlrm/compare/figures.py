@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import ScaledTranslation
+from numpy.typing import NDArray
 
 from lightning_dlrm.compare.anatomy import Anatomy, StepTimes
 from lightning_dlrm.compare.cost_figures import CostDrawing
@@ -82,7 +83,7 @@ class _ResultDrawing(Drawing):
             for arm in arms:
                 self._course(panel, arm, names.SAMPLES, f"{names.TRAIN}/accuracy", thin=True)
                 self._course(panel, arm, names.SAMPLES, f"{names.VALIDATION}/accuracy")
-            answer = self._constant_answer(panel)
+            answer = self._click_rate_alone(panel, "accuracy")
             panel.set(title=title)
             self._begin_at_0(panel, 1 if self.narrow else len(panels))
             panel.xaxis.set_major_formatter(EngFormatter())
@@ -96,45 +97,61 @@ class _ResultDrawing(Drawing):
             figure,
             "figure5",
             "Accuracy while training",
-            f"{'As in Figure 5 of Naumov et al. (2019): accuracy against samples seen. ' * paper}{self._lines()}",
+            f"{'As in Figure 5 of Naumov et al. (2019): accuracy against samples seen. ' * paper}{self._lines()}"
+            + f" Dotted: the accuracy of the {CLICK_RATE_ALONE} on the validation split." * bool(answer),
             file="figure5" if paper else "accuracy",
         )
 
     def curves(self, metric: Score) -> Picture:
-        """Draw a metric, training and validation, against samples, time and operations; the narrow figure has the
-        samples only."""
-        abscissae = self._abscissae()[: 1 if self.narrow else None]
+        """Draw a metric, training and validation, against samples, time and operations."""
+        abscissae = self._abscissae()
         both = [names.TRAIN, names.VALIDATION]
         # With one validation a run, its marks are in the panels of the training samples.
         rows = [both] if self._one_validation else [[split] for split in both]
-        figure = Figure(figsize=(self.width, 0.6 + 1.9 * len(rows)), layout="constrained")
-        grid = figure.subplots(len(rows), len(abscissae), sharex="col", sharey="row", squeeze=False)
         title = METRIC_TITLES[metric]
+        figure, grid = self._grid(len(rows), len(abscissae))
+        alone: list[Artist] = []
         for row, splits in zip(grid, rows, strict=True):
             for axes, (x, label) in zip(row, abscissae, strict=True):
                 for arm in self.arms:
                     factor = float(arm[names.FLOPS_TRAINING]) if label == _OPERATIONS else 1.0
                     for split in splits:
                         self._course(axes, arm, x, f"{split}/{metric}", thin=split != splits[-1], factor=factor)
+                if metric == "log_loss":
+                    alone = self._click_rate_alone(axes, metric, splits[0]) or alone
                 axes.xaxis.set_major_formatter(EngFormatter())
                 axes.locator_params(axis="x", nbins=4)
-                self._begin_at_0(axes, len(abscissae))
-            of = "" if len(splits) > 1 else "training " if splits == [names.TRAIN] else f"{splits[0]} "
-            row[0].set_ylabel(f"{of}{title}")
-        for axes, (_, label) in zip(grid[-1], abscissae, strict=True):
-            axes.set_xlabel(label)
-        self.legend(
-            figure,
-            [*self.marks(fillstyle=self._fill, **self._points), *(self._splits() if self._one_validation else [])],
-        )
+                self._begin_at_0(axes, 1 if self.narrow else len(abscissae))
+                if self.narrow or splits is rows[-1]:
+                    axes.set_xlabel(label)
+                if self.narrow or axes is row[0]:
+                    of = "" if len(splits) > 1 else "training " if splits == [names.TRAIN] else f"{splits[0]} "
+                    axes.set_ylabel(f"{of}{title}")
+        marks = self.marks(fillstyle=self._fill, **self._points)
+        self.legend(figure, [*marks, *(self._splits() if self._one_validation else []), *alone])
         timed = "Time on an x-axis is that of training, without validations and checkpoints. "
         return self.save(
             figure,
             metric,
             f"{title[0].upper()}{title[1:]} while training",
             f"{'' if self._one_validation else 'Above: training; below: validation. '}"
-            f"{timed * (len({x for x, _ in abscissae}) > 1)}{self._lines()}",
+            f"{timed * (len({x for x, _ in abscissae}) > 1)}{self._lines()}"
+            + f" Dotted: the log loss of the {CLICK_RATE_ALONE}, which every model should get below."
+            * bool(alone),
         )
+
+    def _grid(self, rows: int, columns: int) -> tuple[Figure, NDArray[Any]]:
+        """Return a figure and its panels by row and column, with a common y-axis in each row; all panels are below each
+        other in a narrow figure."""
+        height = 1.9 * rows * (columns if self.narrow else 1)
+        figure = Figure(figsize=(self.width, 0.6 + height), layout="constrained")
+        if not self.narrow:
+            return figure, figure.subplots(rows, columns, sharex="col", sharey="row", squeeze=False)
+        grid = figure.subplots(rows * columns, 1, squeeze=False).reshape(rows, columns)
+        for first, *others in grid:
+            for axes in others:
+                axes.sharey(first)
+        return figure, grid
 
     @property
     def _first(self) -> float:
@@ -180,18 +197,28 @@ class _ResultDrawing(Drawing):
             found.append((names.SAMPLES, _OPERATIONS))
         return found
 
-    def _constant_answer(self, axes: Axes) -> list[Artist]:
-        """Draw the accuracy of the click rate alone on the validation split.
+    def _click_rate_alone(
+        self, axes: Axes, metric: Literal["accuracy", "log_loss"], split: str = names.VALIDATION
+    ) -> list[Artist]:
+        """Draw the accuracy or the log loss of the click rate alone on a split.
 
         Returns:
             Its line, for a legend; none if it is not known.
         """
-        final = self.comparison.runs[0].final
-        loss, normalized = (final.get(f"{names.VALIDATION}/{metric}") for metric in ("log_loss", "normalized_entropy"))
-        if not (loss and normalized) or self.comparison.warnings:
+        entropy = 0.0 if self.comparison.warnings else self._entropy(split)
+        if not entropy:
             return []
-        label = f"{CLICK_RATE_ALONE}, validation"
-        return [axes.axhline(majority(loss / normalized), label=label, **_LEVEL_LOOK)]
+        level = majority(entropy) if metric == "accuracy" else entropy
+        return [axes.axhline(level, label=CLICK_RATE_ALONE, **_LEVEL_LOOK)]
+
+    def _entropy(self, split: str) -> float:
+        """Return the log loss of the click rate alone on a split; 0 if it is not known."""
+        run = self.comparison.runs[0]
+        if split == names.TRAIN:
+            rate = self.comparison.scores[run.name].samples.click_rate
+            return 0.0 if rate is None else float(-rate * np.log(rate) - (1 - rate) * np.log(1 - rate))
+        loss, normalized = (run.final.get(f"{split}/{name}") for name in ("log_loss", "normalized_entropy"))
+        return loss / normalized if loss and normalized else 0.0
 
     def _panels(self) -> dict[str, list[Arm]]:
         """Group configurations by optimizer, if each optimizer has several; else all in one panel."""
@@ -391,7 +418,10 @@ class _ResultDrawing(Drawing):
             # One end, if all runs have the same.
             at = " to ".join(f"{end:,.0f}" for end in dict.fromkeys((min(ends), max(ends))))
             begin = f" It is first logged at {at} samples."
-        return f"Training: over the last 65,536 samples, each scored in its own step, before the update.{begin} {runs}"
+        return (
+            f"Training: over the last {names.WINDOW_SAMPLES:,} samples, each scored in its own step, before the update."
+            f"{begin} Validation: over the validation split. {runs}"
+        )
 
 
 def majority(entropy: float) -> float:

@@ -64,7 +64,7 @@ class Pair:
         """Return the verdict on the winner, for a table."""
         given = self._word_of(self.verdict)
         if self.untrained:
-            return f"{given} ({' and '.join(self.untrained)} did not train)"
+            return f"no verdict: {' and '.join(self.untrained)} did not train"
         return given if self.same_data else f"{given} (different data)"
 
     @property
@@ -111,14 +111,10 @@ class Pair:
 
     @property
     def headline(self) -> str:
-        """Return the verdict in a few words, and which side did not train."""
-        if not self.untrained:
-            return self._verdict_words
-        return f"{self._verdict_words}{', but' if self.decided else ';'} {' and '.join(self.untrained)} did not train"
-
-    @property
-    def _verdict_words(self) -> str:
+        """Return the verdict in a few words, or which side did not train."""
         title = METRIC_TITLES[self.metric]
+        if self.untrained:
+            return f"{self.winner} and {self.loser} by {title}: {self.word}"
         if self.single:
             return f"no verdict on {self.winner} and {self.loser} by {title}"
         if not self.same_data:
@@ -137,6 +133,8 @@ class Pair:
         difference = f"{self.winner} minus {self.loser} {interval.value:+.5f}, {span}"
         if not self.same_data and not self.single:
             return f"{difference}; {OTHER_DATA}"
+        if self.untrained:
+            return difference
         if not self.decided:
             return f"{self.reason} ({difference})"
         near, far = sorted((abs(interval.low), abs(interval.high)))

@@ -314,11 +314,13 @@ def closing_words(comparison: Comparison, output: Path) -> str:
     if "group_auc" in comparison.metrics:
         columns[-1] = "group_auc"
     rows = [["", *(METRIC_TITLES[name] for name in columns), "validation"]]
+    courses = {arm.name: _mean_course(arm, f"{names.VALIDATION}/auc") for arm in comparison.arms}
+    every_value = [value for course in courses.values() for value in course]
     for arm in ranked(comparison):
         values = (f"{np.mean(comparison.values(arm, name)):.5f}" for name in columns)
-        course = _mean_course(arm, f"{names.VALIDATION}/auc")
+        course = courses[arm.name]
         # One value is no course.
-        rows.append([arm.name, *values, sparkline(course, SPARK_WIDTH) if len(course) > 1 else ""])
+        rows.append([arm.name, *values, sparkline(course, SPARK_WIDTH, every_value) if len(course) > 1 else ""])
     if alone := comparison.click_rate_alone:
         rows.append([CLICK_RATE_ALONE, *(f"{alone[name]:.5f}" for name in columns), ""])
     seeds = ", ".join(dict.fromkeys(str(len(arm.runs)) for arm in comparison.arms))
@@ -333,7 +335,7 @@ def closing_words(comparison: Comparison, output: Path) -> str:
             "",
             *aligned(rows),
             f"{of}, on the {comparison.split} split"
-            + ("; validation: the course of the AUC" if any(row[-1] for row in rows[1:]) else ""),
+            + ("; validation: the course of the AUC, on one scale" if any(row[-1] for row in rows[1:]) else ""),
             *filter(None, [comparison.click_rate_note, comparison.groups_note]),
             "",
             *_differences(comparison),
