@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.json is not None and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
+    if args.json is not None and args.json.is_dir():
+        raise UserError(f"--json {args.json} is a folder; give a file, such as {args.json / 'results.json'}")
     rows: list[Measurement] = []
     details = io.StringIO()
     # Rows of a GPU are shown when they are done; otherwise details come below the result.

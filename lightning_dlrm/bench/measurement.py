@@ -26,8 +26,7 @@ from lightning_dlrm.kernels.choice import choose
 PRECISIONS = ("32-true", "bf16-mixed")
 DEFAULT = "(default: %(default)s)"
 RATIOS = """
-Every round times all contenders. A ratio is computed in each round; the median of these ratios is shown, with the
-lowest and the highest. It can differ from the ratio of the median times.
+Every round times all contenders; a ratio is the median of the rounds' ratios, with the lowest and the highest.
 """
 """Help of benchmarks that compare contenders."""
 

@@ -238,6 +238,12 @@ def render_operators(
             f"warning: the profiler makes the step of {' and '.join(slowed)} over {_MOST_SLOWED} times as long.",
             "The shares of the operators are uncertain: stop other work on this machine.",
         ]
+    profiled, timed = (min(times, key=lambda name: times[name]) for times in (steps, unprofiled))
+    if profiled != timed:
+        notes += [
+            f"warning: {profiled} is faster under the profiler, {timed} without it.",
+            "The time without the profiler counts.",
+        ]
     return "\n".join(["", *aligned(cells, left=(0,)), *notes, ""])
 
 
@@ -252,7 +258,7 @@ def render_roofline(precision: str, parts: PartTimes, rates: roofline.MachineRat
                 f"{cost.flops / 1e6:,.{0 if cost.flops >= 1e7 else 1}f}",
                 f"{cost.bytes / 1e6:,.1f}",
                 f"{cost.intensity:.3g}",
-                "memory" if cost.intensity < rates.flops[precision] / rates.bytes else "processor",
+                "memory" if cost.intensity < rates.flops[precision] / rates.bytes else "arithmetic",
                 duration(floor),
                 duration(seconds),
                 f"{floor / seconds:.{0 if floor / seconds >= 0.01 else 1}%}",

@@ -55,11 +55,15 @@ _SIZES: Mapping[str, str] = {
     "peak_bytes": "peak memory {}",
     "peak_disk_bytes": "peak disk space {}",
     "output_bytes": "output {}",
-    "bytes_beside_samples": "memory beside the samples {}",
+    "bytes_beside_samples": "computing the AUC adds {} to the peak memory",
     "table_bytes_per_rank": "tables {} a rank",
 }
+_EXACT = 1e-15
+"""Difference of two AUCs below which they are equal in float64."""
 _LARGE_SPREAD = 0.25
 """Spread of the rounds, as a share of their median, from which on a result is uncertain."""
+_MOST_OF_LOOP = 1.05
+"""Speed of a fit, as a share of that of its own loop, above which the measurement is uncertain."""
 _MOST_RESULTS = 3
 
 
@@ -71,8 +75,12 @@ def headline(rows: Sequence[Measurement]) -> list[str]:
     for row in compared[:_MOST_RESULTS]:
         whole = [_words(row, name) for name in _TIMES if name.endswith("_for_1000") and name in row.extra]
         time = whole[0] if whole else f"{duration(row.median_s)} for {row.samples:,} samples"
-        comparisons = [_comparison(row, name, in_headline=True) for name in _RATIOS if name in row.extra]
-        lines.append(f"{row.case}: {_name(row)} takes {time}, {', '.join(comparisons)}")
+        sure = [_comparison(row, name) for name in _RATIOS if name in row.extra and _is_sure(row, name)]
+        rounds = row.spread_s or any(_range(row, name) for name in _RATIOS)
+        why = "the rounds differ too much" if rounds else "one round does not show how sure it is"
+        lines.append(
+            f"{row.case}: {_name(row)} takes {time}{', ' if sure else '; '}{', '.join(sure) or f'no ratio: {why}'}"
+        )
     measured = [row for row in rows if row.shown and not row.error and row.median_s]
     uncertain = [row for row in measured if row.spread_s / row.median_s > _LARGE_SPREAD]
     if uncertain:
@@ -82,6 +90,12 @@ def headline(rows: Sequence[Measurement]) -> list[str]:
             f"warning: the rounds of {worst.case} ({_name(worst)}) differ by "
             f"{worst.spread_s / worst.median_s:.0%} of their median{more}. The "
             "result is uncertain: stop other work on this machine, or give more --rounds"
+        )
+    shares = [row.extra["of_bare_loop"] for row in measured if "of_bare_loop" in row.extra]
+    if shares and max(shares) > _MOST_OF_LOOP:
+        lines.append(
+            f"warning: the fit has {max(shares):.0%} of the speed of the bare loop, which is a part of it. More than "
+            f"{_MOST_OF_LOOP:.0%} says that other work disturbed the measurement: stop it, or give more --rounds"
         )
     return lines
 
@@ -133,7 +147,11 @@ def _notes(shown: Sequence[Measurement]) -> list[str]:
     if any(_range(row, name) for row in shown for name in _RATIOS):
         lines.append("A ratio is the median of the rounds' ratios, not the ratio of the medians.")
     if any(row.floor_s is not None for row in shown):
-        lines.append("The floor is the least time on this machine; x floor is median / floor.")
+        lines += [
+            "The floor is the least time of this work on this machine; x floor is median /",
+            "floor, and 1 is the limit. It is large if tensors are small: then most of the",
+            "time is taken by starting operators.",
+        ]
     return lines
 
 
@@ -151,6 +169,8 @@ def _words(row: Measurement, name: str) -> str:
     value = row.extra[name]
     if name in _RATIOS:
         return _comparison(row, name)
+    if name == "difference" and value < _EXACT:
+        return f"its AUC differs by less than {_EXACT:g} from that of {_others(row.work)['peer']}"
     if name in _WORDS:
         return _WORDS[name].format(value, **_others(row.work))
     if name in _SIZES:
@@ -166,21 +186,21 @@ def _range(row: Measurement, name: str) -> tuple[float, float] | None:
     return None if low is None or high is None or low == high else (low, high)
 
 
-def _comparison(row: Measurement, name: str, in_headline: bool = False) -> str:
-    """Return a ratio of speeds in words, with its range over the rounds.
+def _is_sure(row: Measurement, name: str) -> bool:
+    """Return whether a row has several rounds, whose ratios are near each other."""
+    range_ = _range(row, name)
+    return range_ is not None and range_[1] - range_[0] <= _LARGE_SPREAD * row.extra[name]
 
-    In a headline an uncertain ratio is not given, but its range.
-    """
+
+def _comparison(row: Measurement, name: str) -> str:
+    """Return a ratio of speeds in words, with its range over the rounds."""
     amount, what = (_share, _SHARES[name]) if name in _SHARES else (_speed, _SPEEDS[name])
     what = what.format(**_others(row.work))
     value, range_ = row.extra[name], _range(row, name)
     ratio, words = amount(value, value)
     if range_ is None:
         return f"{ratio} {words} {what}"
-    numbers, words_of_range = amount(*range_)
-    if in_headline and range_[1] - range_[0] > _LARGE_SPREAD * value:
-        return f"in the rounds from {numbers} {words_of_range} {what}"
-    return f"{ratio} {words} {what} (rounds: {numbers.replace(' times', '')})"
+    return f"{ratio} {words} {what} (rounds: {amount(*range_)[0].replace(' times', '')})"
 
 
 def _share(low: float, high: float) -> tuple[str, str]:

@@ -284,6 +284,7 @@ def test_quotients_are_those_of_each_round() -> None:
         (["lookup", "--tables", "-1"], "--tables is -1"),
         (["lookup", "--bag", "5", "1"], "--bag is 5 1"),
         (["lookup", "--json", "nowhere/rows.json"], "there is no folder nowhere"),
+        (["lookup", "--json", "."], "--json . is a folder; give a file, such as results.json"),
         (["paper", "--batches", "2"], "give at least as many batches"),
         (["gpu"], "bench gpu needs a CUDA device"),
         (["gpu", "--budget", "-1"], "--budget is -1"),
@@ -365,13 +366,21 @@ def test_a_slow_profiler_is_named() -> None:
     assert "warning" not in paper.render_operators("32-true", columns, {"ours": steps, "baseline": steps})
     said = paper.render_operators("32-true", columns, {"ours": steps / 2.1, "baseline": steps})
     assert "warning: the profiler makes the step of ours over 2 times as long." in said
+    columns["ours"] = dict.fromkeys(paper.OPERATORS, 0.9)
+    said = paper.render_operators("32-true", columns, {"ours": steps, "baseline": 0.9 * steps})
+    assert "warning: ours is faster under the profiler, baseline without it." in said
 
 
 @pytest.mark.parametrize(
     ("ours", "peer", "table", "headline_words"),
     [
-        ((1.0,), (3.0,), "3 times as fast as scikit-learn", None),
-        ((4.06,), (1.0,), "4.06 times slower than scikit-learn", None),
+        ((1.0,), (3.0,), "3 times as fast as scikit-learn", "no ratio: one round does not show how sure it is"),
+        (
+            (4.06,),
+            (1.0,),
+            "4.06 times slower than scikit-learn",
+            "no ratio: one round does not show how sure it is",
+        ),
         ((1.0, 1.0, 1.0), (3.0, 3.1, 3.2), "3.1 times as fast as scikit-learn (rounds: 3 to 3.2)", None),
         ((4.0, 4.2, 4.4), (1.0, 1.0, 1.0), "4.2 times slower than scikit-learn (rounds: 4 to 4.4)", None),
         (
@@ -384,13 +393,13 @@ def test_a_slow_profiler_is_named() -> None:
             (1.0, 1.0, 1.0),
             (2.0, 80.0, 90.0),
             "80 times as fast as scikit-learn (rounds: 2 to 90)",
-            "in the rounds from 2 to 90 times as fast as scikit-learn",
+            "no ratio: the rounds differ too much",
         ),
         (
             (1.0, 1.0, 1.0),
             (0.5, 0.9, 2.0),
             "1.11 times slower than scikit-learn (rounds: 2 slower to 2 as fast)",
-            "in the rounds from 2 times slower to 2 times as fast as scikit-learn",
+            "no ratio: the rounds differ too much",
         ),
     ],
 )
@@ -404,4 +413,29 @@ def test_a_ratio_says_how_sure_it_is(
         extra=extra,
     )  # fmt: skip
     assert f"    {table}\n" in render([row])
-    assert headline([row])[0].endswith(f" samples, {headline_words or table}")
+    assert re.search(rf" samples[,;] {re.escape(headline_words or table)}$", headline([row])[0])
+
+
+def test_a_fit_that_is_faster_than_its_own_loop_is_uncertain() -> None:
+    def said(share: float) -> str:
+        row = Measurement(
+            work="fit", case="fit", implementation="ours", device="cpu", precision="", batch_size=1, samples=10,
+            median_s=1.0, spread_s=0.1, extra=speed_ratio("of_bare_loop", (1.0, 1.0), (share, share + 0.01)),
+        )  # fmt: skip
+        return headline([row])[-1]
+
+    assert "warning: the fit has 164% of the speed of the bare loop, which is a part of it." in said(1.635)
+    assert "warning" not in said(1.03)
+
+
+def test_equal_aucs_are_equal_up_to_a_precision() -> None:
+    def said(difference: float) -> str:
+        row = Measurement(
+            work="auc", case="some", implementation="ours", device="cpu", precision="", batch_size=1, samples=10,
+            median_s=1.0, spread_s=0.1, extra={"difference": difference, "bytes_beside_samples": 0.0},
+        )  # fmt: skip
+        return render([row])
+
+    assert "its AUC differs by less than 1e-15 from that of scikit-learn" in said(0.0)
+    assert "its AUC differs by 2.2e-10 from that" in said(2.2e-10)
+    assert "computing the AUC adds 0 bytes to the peak memory" in said(0.0)
