@@ -119,7 +119,7 @@ def render(rows: Sequence[Measurement]) -> str:
                     ]
                 ),
                 "" if floor is None or row.error else duration(floor),
-                "" if floor is None or row.error else f"{float(f'{row.median_s / floor:.3g}'):,g}",
+                "" if floor is None or row.error else _three_digits(row.median_s / floor),
             )
         )
     header, *lines = aligned(cells, left=(0,))
@@ -216,7 +216,16 @@ def _speed(low: float, high: float) -> tuple[str, str]:
     """
     least, most = float(f"{low:.3g}"), float(f"{high:.3g}")
     if least < 1 <= most:
-        return f"{1 / low:.3g} times slower to {high:.3g} times as fast", "as"
+        return f"{_three_digits(1 / low)} times slower to {_three_digits(high)} times as fast", "as"
     words = "times slower than" if most < 1 else "times as fast as"
     ends = sorted((1 / low, 1 / high) if most < 1 else (low, high))
-    return " to ".join(dict.fromkeys(f"{end:.3g}" for end in ends)), words
+    return " to ".join(dict.fromkeys(map(_three_digits, ends))), words
+
+
+def _three_digits(number: float) -> str:
+    """Format a number with three digits.
+
+    >>> [_three_digits(number) for number in (1.234, 46_123.0)]
+    ['1.23', '46,100']
+    """
+    return f"{float(f'{number:.3g}'):,g}"

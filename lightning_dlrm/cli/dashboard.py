@@ -15,7 +15,7 @@ examples:
 """
 DETAILS = """\
 Each call makes a new workspace and a new report, with the sections quality, training, norms, speed, system, GPUs and
-parallel. The x axis is the number of samples trained on.
+parallel. The x axis is the number of samples trained on; panels over time have the time.
 """
 
 

@@ -14,7 +14,7 @@ from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build
 from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.contracts.terminal import aligned, binary_size
+from lightning_dlrm.contracts.terminal import aligned, binary_size, wrapped
 from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, count_memory
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.network import ModelSize, model_size
@@ -41,7 +41,14 @@ def run(arguments: Sequence[str]) -> int:
         for name, value in sizes.items():
             human = f"  {binary_size(value):>10s}" if value and name.startswith("bytes") else ""
             print(f"{_TITLES[name]:32s}{'unknown' if value is None else f'{value:,}':>18}{human}")
-        print(f"Gradients are those of a batch of {batch_size:,} samples, with the vectors looked up.")
+        print(
+            wrapped(
+                [
+                    f"Gradients are those of a batch of {batch_size:,} samples: of dense parameters, of vectors looked "
+                    "up, and of their rows. The vectors looked up count too, because the backward pass needs them."
+                ]
+            )
+        )
     return 0
 
 

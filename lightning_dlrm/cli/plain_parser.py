@@ -76,6 +76,8 @@ class HelpParser(argparse.ArgumentParser):
 
     def _words(self, message: str) -> str:
         if match := re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL):
+            if self.works is not None and match[1] == self.works.metavar:
+                return self._words_of_no_work(match[2])
             return words_of_fault(long_form(match[1]), match[2])
         if match := re.fullmatch(r"the following arguments are required: (.*)", message):
             return self.words_of_missing([long_form(name) for name in match[1].split(", ")])
@@ -83,6 +85,15 @@ class HelpParser(argparse.ArgumentParser):
             names = match[1].split()
             return f"{joined(names, 'or')} is missing: give one of them"
         return message
+
+    def _words_of_no_work(self, fault: str) -> str:
+        """Return what argparse's fault of a choice says of an unknown subcommand."""
+        assert self.works is not None
+        work = _unquoted(re.sub(r"^invalid choice: | \(choose from .*\)$", "", fault, flags=re.DOTALL))
+        command = self.prog.removeprefix("python -m lightning_dlrm ")
+        kind = str(self.works.metavar).lower()
+        known = nearest_first(work, self.works.choices, f"the {kind}s are")
+        return f"{command} has no {kind} {work}{known}"
 
     def words_of_missing(self, names: Sequence[str]) -> str:
         """Return which arguments are missing, and how they are given."""
@@ -127,6 +138,15 @@ class PlainParser(HelpParser):
         if rest:
             self.error(self.words_of_unknown(rest[0]))
         return found, rest
+
+    def _words_of_no_work(self, fault: str) -> str:
+        """Return what argparse's fault of a choice says of an unknown subcommand."""
+        assert self.works is not None
+        work = _unquoted(re.sub(r"^invalid choice: | \(choose from .*\)$", "", fault, flags=re.DOTALL))
+        command = self.prog.removeprefix("python -m lightning_dlrm ")
+        kind = str(self.works.metavar).lower()
+        known = nearest_first(work, self.works.choices, f"the {kind}s are")
+        return f"{command} has no {kind} {work}{known}"
 
     def words_of_missing(self, names: Sequence[str]) -> str:
         """Return that an option is unknown, which may be a required one with a typing error, or what is missing."""

@@ -1,6 +1,7 @@
 """A plan as JSON, as text, and as a drawing."""
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,8 @@ def describe_setup(setup: Mapping[str, Any]) -> str:
     """
     ranks, skew, file = setup["ranks"], setup["skew"], setup["plan"]
     if setup["device_memory"] is not None:
-        where = f"{counted(ranks, 'device')} with {setup['device_memory']}{' each' * (ranks > 1)}"
+        memory = re.sub(r"(?<=\d)(?=[A-Za-z])", " ", setup["device_memory"])
+        where = f"{counted(ranks, 'device')} with {memory}{' each' * (ranks > 1)}"
     else:
         where = counted(ranks, "rank") + ("" if file is None else f" of the plan {file}")
     if skew is None:
@@ -100,7 +102,8 @@ def describe_plan(
         lines.append(_line("largest", _summary(costs, max), host, held, size))
     text = [
         f"{held[0]}: memory of a rank's rows and their optimizer state",
-        "requested: rows, or sums of a bag's rows, looked up for all ranks in a step",
+        "requested: rows, or sums of a bag's rows, that all ranks request in a step; a",
+        "rank requests a row once, however often its part of the batch has it",
         f"{unit} ids, vectors, gradients: what a rank sends in a training step",
         *aligned(lines, left=()),
     ]
@@ -115,7 +118,7 @@ def describe_plan(
             rows.append((load.name, f"{load.rows:,}", str(len(pieces)), str(ranks), f"{first:,}", f"{largest:,}"))
         text += [
             "",
-            "Tables in several pieces; pieces of rows that are looked up often are small.",
+            "Tables in several pieces, each of consecutive rows",
             "first piece: rows of the piece that begins at row 0",
             *aligned(rows, left=()),
         ]

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -75,7 +76,7 @@ def make_dense_optimizer(dense_optimizer: DenseOptimizer, parameters: Sequence[n
     except (TypeError, ValueError, RuntimeError) as error:
         if place_in_own_code(error) is not None:
             raise
-        raise UserError(f"dense_optimizer {name}: {one_line(error)}") from error
+        raise UserError(_refusal(name, one_line(error))) from error
     require(
         isinstance(made, Optimizer), f"dense_optimizer makes a {type(made).__name__}; expected a torch.optim.Optimizer"
     )
@@ -93,6 +94,19 @@ def make_dense_optimizer(dense_optimizer: DenseOptimizer, parameters: Sequence[n
         require("lr" in group, f"dense_optimizer {name} has no lr; give its base class the defaults {{'lr': lr}}")
         require(math.isfinite(group["lr"]), f"dense_optimizer {name}: lr is {group['lr']}; expected a finite number")
     return made
+
+
+def _refusal(name: str, message: str) -> str:
+    """Return torch's message about a number of an optimizer with the setting's name and its range.
+
+    >>> _refusal("Adagrad", "Invalid learning rate: -1.0")
+    'dense_optimizer.lr is -1.0; Adagrad takes 0 or more'
+    """
+    if match := re.fullmatch(r"Invalid (.+?)(?: value)?: (-\S+)", message):
+        setting = {"learning rate": "lr", "epsilon": "eps"}.get(match[1], match[1])
+        if setting.isidentifier():
+            return f"dense_optimizer.{setting} is {match[2]}; {name} takes 0 or more"
+    return f"dense_optimizer {name}: {message}"
 
 
 def torch_class(rule: UpdateRule) -> DenseOptimizer:

@@ -49,7 +49,7 @@ def parser() -> PlainParser:
     ("arguments", "said"),
     [
         ("", "nothing follows try; expected one of make, cut, join"),
-        ("mak", "WORK is mak; did you mean make? Expected one of make, cut, join"),
+        ("mak", "try has no work mak; did you mean make? The works are make, cut, join"),
         ("make", "FILE and --output are missing: write try make FILE --output DIR"),
         ("make x", "--output is missing: give --output DIR"),
         ("cut", "--parts or --size is missing: give one of them"),

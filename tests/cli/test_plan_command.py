@@ -28,8 +28,8 @@ SMALL = ["plan", "--config", "dlrm.yaml", "--data.demo.max_table_rows", "20"]
             "--trainer.devices -1 --skew 1.5",
             f"1 rank; {ZIPF}^1.5 times as often as its first row",
         ),
-        ("--device-memory 1GiB", "1 device with 1GiB; assumed: the k-th row"),
-        ("--device-memory 1GiB --trainer.devices 2", "2 devices with 1GiB each; assumed: the k-th row"),
+        ("--device-memory 1GiB", "1 device with 1 GiB; assumed: the k-th row"),
+        ("--device-memory 1GiB --trainer.devices 2", "2 devices with 1 GiB each; assumed: the k-th row"),
     ],
 )
 def test_the_first_line_says_what_the_plan_is_for(options: str, setup: str, capsys: pytest.CaptureFixture[str]) -> None:
