@@ -69,8 +69,10 @@ class Pair:
 
     @property
     def unadjusted_word(self) -> str:
-        """Return the verdict on the winner without adjustment, and its p-value; a dash if a side has one seed."""
-        return "-" if self.single else f"{self._word_of(self.unadjusted)}, p {p_text(self.difference.p)}"
+        """Return the verdict on the winner without adjustment, and its p-value; a dash without a verdict."""
+        if self.single or self.untrained:
+            return "-"
+        return f"{self._word_of(self.unadjusted)}, p {p_text(self.difference.p)}"
 
     def _word_of(self, verdict: Verdict) -> str:
         return WORDS[verdict] if self.same_data else WORDS[verdict].replace("better", "differ")
