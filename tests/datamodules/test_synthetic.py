@@ -176,7 +176,7 @@ def test_dlrm_says_that_it_needs_dense_features(capsys: pytest.CaptureFixture[st
         (["--data=RandomData", "--data.law=pareto"], "data.law: pareto is not one of uniform, gaussian, zipf"),
         (["--data=RandomData", "--data.tables=many"], "data.tables is many; expected a list of whole numbers"),
         (["--data=RandomData", "--data.mean=0.3"], "mean is an option of law gaussian, but law is uniform"),
-        (["--data=TraceData"], "data: the following arguments are required: source"),
+        (["--data=TraceData"], "--data: TraceData needs source: give --data.source"),
         (
             ["--data=TraceData", "--data.source=nowhere"],
             "nowhere does not exist; give a dataset folder, or a file",
