@@ -139,15 +139,6 @@ class PlainParser(HelpParser):
             self.error(self.words_of_unknown(rest[0]))
         return found, rest
 
-    def _words_of_no_work(self, fault: str) -> str:
-        """Return what argparse's fault of a choice says of an unknown subcommand."""
-        assert self.works is not None
-        work = _unquoted(re.sub(r"^invalid choice: | \(choose from .*\)$", "", fault, flags=re.DOTALL))
-        command = self.prog.removeprefix("python -m lightning_dlrm ")
-        kind = str(self.works.metavar).lower()
-        known = nearest_first(work, self.works.choices, f"the {kind}s are")
-        return f"{command} has no {kind} {work}{known}"
-
     def words_of_missing(self, names: Sequence[str]) -> str:
         """Return that an option is unknown, which may be a required one with a typing error, or what is missing."""
         known = self.option_names()

@@ -118,7 +118,7 @@ def describe_plan(
             rows.append((load.name, f"{load.rows:,}", str(len(pieces)), str(ranks), f"{first:,}", f"{largest:,}"))
         text += [
             "",
-            "Tables in several pieces, each of consecutive rows",
+            "Tables in several pieces, each of consecutive rows.",
             "first piece: rows of the piece that begins at row 0",
             *aligned(rows, left=()),
         ]
