@@ -66,8 +66,7 @@ def staged_columns(
     for name, one in schema.columns.items():
         source = one.source or name
         if one.role == "keep":
-            found = times.kept(source, single(source), one.time)
-            columns[staged_name("keep", name)] = found
+            columns[staged_name("keep", name)] = times.kept(source, single(source), one.time)
         elif one.role == "multi_hot":
             bag, keep = values.bags(source, column(source), one.separator, one.brackets)
             columns[staged_name("bag", name)] = bag

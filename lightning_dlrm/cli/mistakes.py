@@ -138,24 +138,8 @@ def explain(message: str, known: Sequence[str]) -> str:
     ):
         key = match[1] or match[4] or f"{match[2]}.{match[3]}"
         return f"unknown key {key}{_NO_KEYS if set(known) <= {'help'} else suggested_keys(key, known)}"
-    if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
-        name = match[1] or match[2]
-        if key != "value" and not classes_of(key) and key.startswith("model."):
-            return f"{key} is {name}; expected keys with values, which --{key}.help lists"
-        return f"{key} takes no class {name}{nearest_first(name, classes_of(key) or _fitting('object'), 'it takes')}"
-    if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss)", message):
-        return _explain_class(message, match[1])
-    if missing := re.search(r"arguments are required: ([\w.]+)", message):
-        # The parser of a class does not know the key of the class.
-        option = f"{key}.{missing[1]}"
-        return (
-            f"{missing[1]} is missing: give it a value" if key == "value" else f"{option} is missing: give --{option}"
-        )
-    if "PublishedScore" in message:
-        return f"{key} is {given[1].strip() if given else 'something else'}; expected {_PUBLISHED}"
-    if match := re.search(r"[Ii]mport path ?([\w.]*) does not correspond to a subclass of (\w+)", message):
-        name = match[1] or (given[1].strip() if given else "this class")
-        return f"{key}: {name} is not a subclass of {match[2]}; derive your class from {match[2]}"
+    if explained := _explain_named(key, given[1].strip() if given else "", message):
+        return explained
     if explained := _explain_section(key, given[1] if given else "", message):
         return explained
     if classes_of(key) and (wrong := re.search(_NO_CLASS_AT_ALL, message)):
@@ -176,6 +160,29 @@ def explain(message: str, known: Sequence[str]) -> str:
     # The error of a linked setting is in this project's own message.
     line = re.sub(r"Call to compute_fn of link .*? failed: ", "", line)
     return re.sub(r"(?:a )?<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
+
+
+def _explain_named(key: str, given: str, message: str) -> str | None:
+    """Return what is wrong with the class of a key or with its arguments; None if the message is about neither."""
+    if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
+        name = match[1] or match[2]
+        if key != "value" and not classes_of(key) and key.startswith("model."):
+            return f"{key} is {name}; expected keys with values, which --{key}.help lists"
+        return f"{key} takes no class {name}{nearest_first(name, classes_of(key) or _fitting('object'), 'it takes')}"
+    if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss)", message):
+        return _explain_class(message, match[1])
+    if missing := re.search(r"arguments are required: ([\w.]+)", message):
+        # The parser of a class does not know the key of the class.
+        option = f"{key}.{missing[1]}"
+        return (
+            f"{missing[1]} is missing: give it a value" if key == "value" else f"{option} is missing: give --{option}"
+        )
+    if "PublishedScore" in message:
+        return f"{key} is {given or 'something else'}; expected {_PUBLISHED}"
+    if match := re.search(r"[Ii]mport path ?([\w.]*) does not correspond to a subclass of (\w+)", message):
+        name = match[1] or given or "this class"
+        return f"{key}: {name} is not a subclass of {match[2]}; derive your class from {match[2]}"
+    return None
 
 
 def _with_full_keys(words: str, section: str) -> str:

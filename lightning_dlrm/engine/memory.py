@@ -208,6 +208,14 @@ def table_loads(
     return loads
 
 
+def datamodule_of(module: pl.LightningModule) -> object:
+    """Return the datamodule of a module's trainer; None if it has none, or no trainer yet."""
+    try:
+        return getattr(module.trainer, "datamodule", None)
+    except RuntimeError:
+        return None
+
+
 def batch_size_of(trainer: pl.Trainer) -> int:
     """Return the number of samples of a global training batch."""
     return getattr(trainer.datamodule, "batch_size", DEFAULT_BATCH_SIZE)  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ from lightning_dlrm.engine.evaluation import Evaluation
 from lightning_dlrm.engine.fit_length import fit_length, planned_steps, refuse_longer_fit
 from lightning_dlrm.engine.guards import LossGuard, Position
 from lightning_dlrm.engine.loading import KEY, describe_module, load_module, plain_options
-from lightning_dlrm.engine.memory import require_memory
+from lightning_dlrm.engine.memory import datamodule_of, require_memory
 from lightning_dlrm.engine.timing import StepTimer
 from lightning_dlrm.engine.transfer import SideStream
 from lightning_dlrm.kernels.choice import Kernels, choose
@@ -270,7 +270,7 @@ class CTRModule(pl.LightningModule):
         """Return the batch on the device; a side stream copies it to a GPU while earlier steps compute."""
         # Here, since a check on the device would wait for it.
         dtype = next((parameter.dtype for parameter in self.parameters()), torch.float32)
-        require_batch(batch, self.schema.features, dtype, self._datamodule())
+        require_batch(batch, self.schema.features, dtype, datamodule_of(self))
         if device.type == batch.dense.device.type == "cpu":
             return batch
         if device.type != "cuda":
@@ -383,13 +383,7 @@ class CTRModule(pl.LightningModule):
 
     def data_schema(self) -> DatasetSchema:
         """Return the schema of the current data, which is complete after they are prepared."""
-        return getattr(self._datamodule(), "schema", self.schema)
-
-    def _datamodule(self) -> Any:
-        try:
-            return getattr(self.trainer, "datamodule", None)
-        except RuntimeError:  # no trainer yet
-            return None
+        return getattr(datamodule_of(self), "schema", self.schema)
 
     def _size_of(self, make_network: Callable[[Features, int], CTRNetwork]) -> ModelSize:
         """
