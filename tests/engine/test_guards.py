@@ -135,12 +135,13 @@ class Probabilities(DeepFM):
 
 
 def test_probabilities_in_place_of_logits_draw_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    words = "Probabilities.score returns probabilities; expected logits, as the loss takes the sigmoid"
+    words = "returns probabilities; expected logits, as the loss takes the sigmoid"
     with caplog.at_level(logging.WARNING, "lightning_dlrm"):
         module = toy_module(partial(Probabilities, embedding_dim=4, deep=[4]), SGD(1e-9), SGD(1e-9))
         trainer_of(tmp_path / "run").fit(module, ToyData())
         said = [record.getMessage() for record in caplog.records if words in record.getMessage()]
         assert [line.startswith("validation AUC") for line in said] == [False, True], "once, and at the validation"
+        assert all("Probabilities.score (" in line and "test_guards.py, line" in line for line in said)
         assert words in module.chance and "learning rates" not in module.chance
         caplog.clear()
         trainer_of(tmp_path / "good").fit(toy_module(), ToyData())
