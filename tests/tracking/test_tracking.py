@@ -63,5 +63,5 @@ def test_an_existing_run_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "empty", tmp_path / "empty/summary.json"):
         with pytest.raises(UserError, match=r"exists and is not empty|is a file"):
             RunFolder.create(path, "m")
-    with pytest.raises(UserError, match="summary.json is a file; choose another --run_dir"):
+    with pytest.raises(UserError, match=r"summary\.json is a file; choose another --run_dir"):
         RunFolder.create(tmp_path / "empty/summary.json/below", "m")
