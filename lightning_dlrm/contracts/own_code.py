@@ -41,12 +41,12 @@ def fault_in_own_code(error: BaseException) -> tuple[str | None, str]:
     owner = None if frame is None else type(frame.f_locals.get("self"))
     if frame is None or owner is None or not _is_own_class(owner):
         return None, cause_of(error)
-    method = frame.f_code.co_name
-    cause = cause_of(error)
+    method, cause = frame.f_code.co_name, cause_of(error)
+    # So the methods of torch's and Lightning's base classes refuse a call if an own class does not define them.
     if isinstance(error, NotImplementedError):
         cause = f"{owner.__name__} does not define {method}"
-    missing = isinstance(error, NotImplementedError) or re.search("define|must be implemented", cause) is not None
-    return _place_of(owner), f"{cause}; define {_form(owner, method)}" if missing else cause
+    lacks_method = re.search("define|must be implemented", cause) is not None
+    return _place_of(owner), f"{cause}; define {_form(owner, method)}" if lacks_method else cause
 
 
 def place_in_own_code(error: BaseException) -> str | None:
