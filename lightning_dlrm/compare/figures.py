@@ -216,7 +216,7 @@ class _ResultDrawing(Drawing):
         run = self.comparison.runs[0]
         if split == names.TRAIN:
             rate = self.comparison.scores[run.name].samples.click_rate
-            return 0.0 if rate is None else float(-rate * np.log(rate) - (1 - rate) * np.log(1 - rate))
+            return float(-rate * np.log(rate) - (1 - rate) * np.log(1 - rate)) if rate and rate < 1 else 0.0
         loss, normalized = (run.final.get(f"{split}/{name}") for name in ("log_loss", "normalized_entropy"))
         return loss / normalized if loss and normalized else 0.0
 

@@ -247,15 +247,15 @@ class Batch:
         return self.map(lambda tensor: None if tensor is None else tensor.pin_memory())
 
 
-def require_batch(batch: object, features: Features, dtype: torch.dtype, datamodule: object) -> None:
+def require_batch(batch: object, features: Features, network: torch.nn.Module, datamodule: object) -> None:
     """Refuse what a dataloader yields if a network of these features cannot take it.
 
-    Values of batches on a device, and of those that a loader has checked, are not read.
+    Batches that a loader has checked cost nothing here; values of batches on a device are not read.
 
     Args:
         batch: what the dataloader yields.
         features: features of the dataset.
-        dtype: of the network's parameters.
+        network: its parameters have the dtype that dense values may have beside float32.
         datamodule: where the dataloader is from, for the message; None if it is unknown.
 
     Raises:
@@ -269,6 +269,7 @@ def require_batch(batch: object, features: Features, dtype: torch.dtype, datamod
             f"{source} yields a {type(batch).__name__}; expected a Batch of lightning_dlrm: let it yield "
             "Batch(label=..., dense=..., ids=SparseIds(...), global_size=...)"
         )
+    dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
     try:
         batch.check_form(features, dtype)
     except UserError as error:

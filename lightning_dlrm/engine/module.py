@@ -269,8 +269,7 @@ class CTRModule(pl.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Return the batch on the device; a side stream copies it to a GPU while earlier steps compute."""
         # Here, since a check on the device would wait for it.
-        dtype = next((parameter.dtype for parameter in self.parameters()), torch.float32)
-        require_batch(batch, self.schema.features, dtype, datamodule_of(self))
+        require_batch(batch, self.schema.features, self, datamodule_of(self))
         if device.type == batch.dense.device.type == "cpu":
             return batch
         if device.type != "cuda":
