@@ -168,8 +168,9 @@ def test_rows_have_the_promised_fields(
         assert set(row) >= FIELDS and row["work"] == arguments[0] and row["batch_size"] == 16
         assert row["samples_per_s"] == pytest.approx(16 / row["median_s"]) and row["floor_s"] > 0
     said = capsys.readouterr().out.splitlines()
-    compared = r"(as fast as|slower than|as) plain PyTorch"
-    assert re.search(rf"batch 16, 32-true, cpu: lightning_dlrm takes .* for 16 samples, .* {compared}", said[0])
+    # The rounds of so small a work may differ too much; that line is as right as one with a ratio.
+    compared = r"(, .*(as fast as|slower than|as) plain PyTorch|; no ratio: the rounds differ too much)"
+    assert re.search(rf"batch 16, 32-true, cpu: lightning_dlrm takes .* for 16 samples{compared}", said[0])
     assert any(line.startswith("A ratio is the median of the rounds' ratios") for line in said)
     assert arguments[0] == "lookup" or said[0].startswith("dlrm, tables of at most 50 rows, batch 16, ")
 
