@@ -1,6 +1,7 @@
 """Text that commands print at their start and at their end."""
 
 import math
+import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -52,11 +53,24 @@ def setup_note(network: str, schema: DatasetSchema, batch_size: int | None, trai
     if isinstance(trainer.accelerator, CUDAAccelerator):
         devices = f"{counted(ranks, 'GPU')} ({torch.cuda.get_device_name()})"
     elif isinstance(trainer.accelerator, CPUAccelerator):
-        devices = counted(torch.get_num_threads(), "CPU core") + f" on each of {ranks} ranks" * (ranks > 1)
+        # Lightning shares the cores among several ranks only when it starts them, after this line.
+        devices = counted(torch.get_num_threads(), "CPU core") if ranks == 1 else f"{ranks} ranks on CPU cores"
     else:
         devices = counted(ranks, "device")
     batch = "" if batch_size is None else f", batch {batch_size:,}"
     return f"{network} on {data}{batch}, {PRECISIONS.get(str(trainer.precision), trainer.precision)}, {devices}"
+
+
+def precision_note(trainer: pl.Trainer) -> str:
+    """Return the note at the start of a command in bfloat16 on a processor that is slow at it; else empty."""
+    on_cpu = isinstance(trainer.accelerator, CPUAccelerator) and platform.machine().lower() in ("x86_64", "amd64")
+    slow = on_cpu and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    if not slow or not str(trainer.precision).startswith("bf16"):
+        return ""
+    return (
+        f"this processor has no AVX-512, without which matrix products in bfloat16 ({trainer.precision}) take many "
+        "times as long as in float32: --trainer.precision 32-true is faster here"
+    )
 
 
 def data_words(schema: DatasetSchema) -> str:

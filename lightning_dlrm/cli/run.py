@@ -41,6 +41,7 @@ from lightning_dlrm.cli.report import (
     final_report,
     prediction_report,
     published_notes,
+    precision_note,
     setup_note,
     size_note,
 )
@@ -320,6 +321,8 @@ def log_start(job: Job, trainer: pl.Trainer) -> None:
     job.metrics_logger.versions = versions()
     network, data = job.settings.model.network.class_path.rpartition(".")[2], job.datamodule
     log.info(setup_note(network, data.schema, getattr(data, "batch_size", None), trainer))
+    if note := precision_note(trainer):
+        log.warning(note)
     log.info("run folder: %s", job.folder.path)
     log.info(size_note(job.module.size))
     if note := cells_note(job.datamodule.schema):

@@ -64,8 +64,10 @@ def improving_words(comparison: Comparison) -> tuple[str, str]:
     was, its = ("was", "its") if len(found) == 1 else ("were", "their")
     places = [f"{one.behind:.3f} behind" if one.behind else "the first" for one in found]
     rises = joined([f"{one.rise:.3f} for {one.arm} ({of})" for one, of in zip(found, places, strict=True)], "and")
-    epochs = max(arm.settings.get("trainer.max_epochs") or -1 for arm in arms)
-    how = f", such as with --trainer.max_epochs {_LONGER * epochs}" if epochs > 0 else ""
+    # Either may end a training, so that both have to grow.
+    bounds = {key: max(arm.settings.get(key) or -1 for arm in arms) for key in ("trainer.max_steps", "trainer.max_epochs")}
+    longer = [f"--{key} {_LONGER * bound}" for key, bound in bounds.items() if bound > 0]
+    how = f", such as with {' '.join(longer)}" if longer else ""
     where = f"{' and' if how else ', with'} another --output" if comparison.experiment else ""
     return f"But {listed} {was} still improving when {its} training ended.", (
         f"In the second half of the training the validation AUC rose by {rises}. Before you trust this ranking, train "
