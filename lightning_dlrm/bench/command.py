@@ -118,7 +118,6 @@ def _report_failure(args: argparse.Namespace, error: BaseException, details: str
                 *details.strip().splitlines(),
                 f"machine: {known['machine']}",
                 f"command: {known['command']}",
-                f"reason: {known['error']}",
             ]
         )
     )

@@ -62,15 +62,14 @@ def check_figure(path: Path) -> None:
 
 
 def draw_breakdown(
-    columns: Mapping[str, Mapping[str, float]], unprofiled: Mapping[str, float], device: str, title: str, path: Path
+    columns: Mapping[str, Mapping[str, float]], unprofiled: Mapping[str, float], title: str, path: Path
 ) -> None:
     """Draw the time of a step as stacked bars.
 
     Args:
         columns: contender -> operator -> seconds of a step under the profiler.
         unprofiled: contender -> seconds of a step without the profiler.
-        device: ``cpu`` or ``cuda``.
-        title: name of the benchmark.
+        title: name of the benchmark, and warnings on lines of their own.
         path: file of the figure; its suffix is the format.
     """
     figure = Figure(figsize=(8.5, 2.2 + 0.55 * len(columns)), layout="constrained")
@@ -93,7 +92,7 @@ def draw_breakdown(
         text = f" {end:.3g} {unit} under the profiler\n {unprofiled[name] / size:.3g} {unit} without it"
         axes.text(end, row, text, va="center", fontsize=8)
     axes.set(xlim=(0, longest / size * 1.28), xlabel=f"{words} of a training step, under the profiler")
-    axes.set_title(f"{title}, {DEVICES[device]}\n{_UPDATE_NOTE}", fontsize=8, color="0.35", loc="left")
+    axes.set_title(f"{title}\n{_UPDATE_NOTE}", fontsize=8, color="0.35", loc="left")
     figure.suptitle("Where the time of a training step goes", **_TITLE)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)

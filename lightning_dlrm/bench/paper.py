@@ -163,10 +163,16 @@ def _draw(
         rates: rates of the device.
     """
     # Matplotlib takes long to import.
-    from lightning_dlrm.bench.figures import draw_breakdown, draw_roofline
+    from lightning_dlrm.bench.figures import DEVICES, draw_breakdown, draw_roofline
 
     operators = {label: of_step for label, (of_step, _) in bars.items()}
-    draw_breakdown(operators, {label: seconds for label, (_, seconds) in bars.items()}, args.device, title, args.plot)
+    unprofiled = {label: seconds for label, (_, seconds) in bars.items()}
+    one_line = {label: label.replace("\n", " in ") for label in bars}
+    warnings = _profiler_warnings(
+        {one_line[label]: sum(of_step.values()) for label, of_step in operators.items()},
+        {one_line[label]: seconds for label, seconds in unprofiled.items()},
+    )
+    draw_breakdown(operators, unprofiled, "\n".join([f"{title}, {DEVICES[args.device]}", *warnings]), args.plot)
     roofline_file = args.plot.with_stem(args.plot.stem + "-roofline")
     draw_roofline(parts, rates, args.device, title, roofline_file)
     print(f"figures: {args.plot}, {roofline_file}")
@@ -233,18 +239,29 @@ def render_operators(
         "makes the gradients of table rows in the optimizer, plain PyTorch in embedding",
         "backward.",
     ]
-    if slowed := [name for name in columns if steps[name] > _MOST_SLOWED * unprofiled[name]]:
-        notes += [
+    return "\n".join(["", *aligned(cells, left=(0,)), *notes, *_profiler_warnings(steps, unprofiled), ""])
+
+
+def _profiler_warnings(steps: Mapping[str, float], unprofiled: Mapping[str, float]) -> list[str]:
+    """Return lines that say why the times of operators are uncertain; none if they are not.
+
+    Args:
+        steps: contender -> seconds of a step under the profiler.
+        unprofiled: contender -> seconds of a step without it.
+    """
+    warnings = []
+    if slowed := [name for name in steps if steps[name] > _MOST_SLOWED * unprofiled[name]]:
+        warnings += [
             f"warning: the profiler makes the step of {' and '.join(slowed)} over {_MOST_SLOWED} times as long.",
             "The shares of the operators are uncertain: stop other work on this machine.",
         ]
     profiled, timed = (min(times, key=lambda name: times[name]) for times in (steps, unprofiled))
     if profiled != timed:
-        notes += [
+        warnings += [
             f"warning: {profiled} is faster under the profiler, {timed} without it.",
             "The time without the profiler counts.",
         ]
-    return "\n".join(["", *aligned(cells, left=(0,)), *notes, ""])
+    return warnings
 
 
 def render_roofline(precision: str, parts: PartTimes, rates: roofline.MachineRates) -> str:

@@ -94,8 +94,8 @@ def headline(rows: Sequence[Measurement]) -> list[str]:
     shares = [row.extra["of_bare_loop"] for row in measured if "of_bare_loop" in row.extra]
     if shares and max(shares) > _MOST_OF_LOOP:
         lines.append(
-            f"warning: the fit has {max(shares):.0%} of the speed of the bare loop, which is a part of it. More than "
-            f"{_MOST_OF_LOOP:.0%} says that other work disturbed the measurement: stop it, or give more --rounds"
+            f"warning: the fit has {max(shares):.0%} of the speed of the bare loop, which is a part of it. So "
+            "other work disturbed the measurement: stop it, or give more --rounds"
         )
     return lines
 
@@ -199,8 +199,9 @@ def _comparison(row: Measurement, name: str) -> str:
     value, range_ = row.extra[name], _range(row, name)
     ratio, words = amount(value, value)
     if range_ is None:
-        return f"{ratio} {words} {what}"
-    return f"{ratio} {words} {what} (rounds: {amount(*range_)[0].replace(' times', '')})"
+        return f"{ratio} {words} {what} (uncertain: one round)"
+    uncertain = "" if _is_sure(row, name) else "uncertain: "
+    return f"{ratio} {words} {what} ({uncertain}rounds: {amount(*range_)[0]})"
 
 
 def _share(low: float, high: float) -> tuple[str, str]:
@@ -211,12 +212,12 @@ def _share(low: float, high: float) -> tuple[str, str]:
 def _speed(low: float, high: float) -> tuple[str, str]:
     """Return a range of ratios of speeds, or one ratio, and the words that follow it.
 
-    >>> _speed(0.8, 1.1)
-    ('1.25 times slower to 1.1 times as fast', 'as')
+    >>> _speed(0.8, 1.1), _speed(0.5, 0.8)
+    (('0.8 to 1.1 times its speed', 'as'), ('1.25 to 2', 'times slower than'))
     """
     least, most = float(f"{low:.3g}"), float(f"{high:.3g}")
     if least < 1 <= most:
-        return f"{_three_digits(1 / low)} times slower to {_three_digits(high)} times as fast", "as"
+        return f"{_three_digits(low)} to {_three_digits(high)} times its speed", "as"
     words = "times slower than" if most < 1 else "times as fast as"
     ends = sorted((1 / low, 1 / high) if most < 1 else (low, high))
     return " to ".join(dict.fromkeys(map(_three_digits, ends))), words

@@ -39,9 +39,9 @@ from lightning_dlrm.cli.report import (
     early_stop_note,
     evaluation_report,
     final_report,
+    precision_note,
     prediction_report,
     published_notes,
-    precision_note,
     setup_note,
     size_note,
 )

@@ -17,6 +17,8 @@ _WORD = re.compile(r"""(?:--[\w.-]+ (?=[^\s-]))?(?:[^\s'"]|'[^']*'|"[^"]*"|['"])
 """A word of a command, or an option and its value; a quote without its end is a character."""
 
 _QUOTED = re.compile(r"(?<!\w)'[^']{1,60}'(?!\w)")
+_QUANTITY = re.compile(r"(?<=\d) (?=(?:us|ms|s|min|h|bytes|[KMG]i?B)\b)")
+"""The space between a number and its unit."""
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
 _ENTRY = re.compile(r" *\S+(?: \S+)* {2,}(?=\S)")
@@ -169,8 +171,8 @@ def _parts(line: str, width: int) -> list[str]:
 
 
 def wrap_around_quotes(line: str, width: int, indent: str = "") -> list[str]:
-    """Wrap a line; text in quotes, which may be a value to copy, stays in one piece."""
-    kept = _QUOTED.sub(lambda quoted: quoted[0].replace(" ", _NO_BREAK), line)
+    """Wrap a line; text in quotes, which may be a value to copy, and a number with its unit stay in one piece."""
+    kept = _QUOTED.sub(lambda quoted: quoted[0].replace(" ", _NO_BREAK), _QUANTITY.sub(_NO_BREAK, line))
     parts = textwrap.wrap(kept, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return [part.replace(_NO_BREAK, " ") for part in parts]
 

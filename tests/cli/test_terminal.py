@@ -3,6 +3,7 @@
 import fcntl
 import io
 import os
+import re
 import shlex
 import shutil
 import struct
@@ -58,6 +59,9 @@ def test_commands_begin_a_line_and_keep_their_words(columns_80: None) -> None:
     sentence = "error: no folder at x: make one with 'python -m lightning_dlrm preprocess', or with 'python -m x demo'"
     shown = wrapped([sentence], Terminal()).splitlines()
     assert len(shown) == 2 and " ".join(line.strip() for line in shown) == sentence
+    # A number is not separated from its unit.
+    shown = wrapped([f"{'word ' * length}takes 64.2 ms, 3.28 GiB or 17 bytes" for length in range(8, 16)], Terminal())
+    assert not re.search(r"\d\n", shown) and shown.count("\n") > 8
     # Words that are quoted stay words.
     shown = wrapped([f"python -m x {quoted} {'--option value ' * 8}"], Terminal())
     assert shlex.split(shown)[2:7] == ["x", "--run_dir", "it's here/run", "--x", 'a "b" c']
