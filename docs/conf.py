@@ -121,7 +121,11 @@ def restore_attribute(app: Any, what: str, name: str, found: Any, options: Any, 
 
 def lead_to_index(app: Any, error: Exception | None) -> None:
     """Let the site's address lead to docs/index.html."""
-    Path(app.outdir, "index.html").write_text('<meta http-equiv="refresh" content="0; url=docs/index.html">\n')
+    Path(app.outdir, "index.html").write_text(
+        '<!doctype html><html lang="en"><title>lightning_dlrm</title>'
+        '<meta http-equiv="refresh" content="0; url=docs/index.html">'
+        '<a href="docs/index.html">Documentation</a></html>\n'
+    )
 
 
 def setup(app: Any) -> None:
