@@ -41,16 +41,13 @@ def test_scores_in_headers_are_those_of_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs/performance.md").read_text()
     scores = re.findall(r"^\| `(\w+)`.*? \| ([\d.]+) \| ([\d.]+)% \| ([\d.]+) \| ([\d.]+)% \|$", page, re.MULTILINE)
     headers = {name: (shipped_configs() / f"{name}.yaml").read_text() for name, *_ in scores}
-    named = {
-        name: found.groups()
-        for name, text in headers.items()
-        if (found := re.search(r"two seeds\) (\d+)% and (\d+)%", text))
-    }
+    found = {name: re.search(r"two seeds\) (\d+)% and (\d+)%", text) for name, text in headers.items()}
+    named = {name: match.groups() for name, match in found.items() if match}
     assert len(named) >= 9 and len(named) == sum("two seeds" in text for text in headers.values())
     for name, *numbers in scores:
         first, share, second, other_share = map(float, numbers)
         for auc, percent in ((first, share), (second, other_share)):
-            assert percent == pytest.approx(100 * (auc - 0.5) / (0.7977 - 0.5), abs=0.05)
+            assert percent == pytest.approx(100 * (auc - 0.5) / (0.7977 - 0.5), abs=0.1)
         if name in named:
             assert [int(percent) for percent in named[name]] == [round(share), round(other_share)], name
 
