@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from lightning_dlrm.contracts.errors import cause_of, joined, shown_path
@@ -85,7 +85,11 @@ def _is_own(file: str) -> bool:
 
 
 def _is_own_class(made_by: Callable[..., Any]) -> bool:
-    file = getattr(sys.modules.get(made_by.__module__), "__file__", None)
+    return _has_own_file(sys.modules.get(made_by.__module__))
+
+
+def _has_own_file(module: ModuleType | None) -> bool:
+    file = getattr(module, "__file__", None)
     return file is not None and _is_own(file)
 
 
@@ -97,13 +101,11 @@ def _own_class(name: str, error: BaseException) -> type | None:
     """
     found: dict[type, None] = {}
     for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if file is None or not _is_own(file):
-            continue
         part: Any = module
         for key in name.split("."):
             part = vars(part).get(key) if hasattr(part, "__dict__") else None
-        if inspect.isclass(part) and part.__qualname__ == name:
+        # The file last: there are thousands of modules, and looking at a file takes long.
+        if inspect.isclass(part) and part.__qualname__ == name and _has_own_file(module):
             found[part] = None
     if len(found) < 2:
         return next(iter(found), None)
