@@ -11,11 +11,12 @@ from datamodules.generate.demo import DemoSettings, generate_demo
 from datamodules.generate.log import FORMS, LogSettings, generate_log
 from datamodules.generate.profiles import LEAST_ACCESSES, Profile, TraceSource, save_profiles
 from datamodules.generate.random import PRESETS, Law, RandomSettings, generate_random
-from datamodules.generate.trace import TraceSettings, check_plot, generate_trace, measure_fit, plot_fits, render_fits
+from datamodules.generate.trace import TraceSettings, generate_trace, measure_fit, plot_fits, render_fits
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
 from datamodules.preprocess.progress import format_rate
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import require, settings_as_options
+from lightning_dlrm.contracts.figures import check_figure_file
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 from lightning_dlrm.contracts.shipped import shipped_names
@@ -210,7 +211,7 @@ def _trace_options() -> list[Option]:
         _number("--dense", "number of dense features (default: %(default)s)", default.dense),
         _share("--click-rate", "share of rows with label 1 (default: %(default)s)", default.click_rate),
         _number("--seed", _SEED, default.seed),
-        ("--plot", {"type": Path, "metavar": "FILE", "help": "draw the fit: .png, .pdf or .svg"}),
+        ("--plot", {"type": Path, "metavar": "FILE", "help": "draw the fit: .png, .svg or .pdf"}),
     ]
 
 
@@ -240,13 +241,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     forms = "\n".join(f"  {name:<13} {form.about}" for name, form in FORMS.items())
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, words, description, options, run_kind in (
-        (
-            "demo",
-            "click logs like Criteo Kaggle's, to compare models",
-            _DEMO_DESCRIPTION,
-            _demo_options(),
-            _run_demo,
-        ),
+        ("demo", "click logs like Criteo Kaggle's, to compare models", _DEMO_DESCRIPTION, _demo_options(), _run_demo),
         (
             "random",
             "tables, dense features and bags of any shape, to measure speed",
@@ -332,13 +327,17 @@ def _run_trace(args: argparse.Namespace) -> int:
         args.output is not None or args.plot is None,
         "generate trace: --plot compares generated accesses with their original; give --output DIR too",
     )
+    require(
+        args.source is not None or args.profile.is_file(),
+        f"there is no file {args.profile}; give --profile a file of trace profiles, or --from DIR, a dataset folder",
+    )
     # Refused here, because these faults would otherwise show after an hour's work.
     require(
         not saves or not args.profile.exists(),
         f"{args.profile} exists; name a new file, or leave --from out to generate from it",
     )
     if args.plot is not None:
-        check_plot(args.plot)
+        check_figure_file(args.plot)
     if args.output is not None:
         DatasetWriter(args.output, ())
     if saves:
@@ -362,7 +361,7 @@ def _run_trace(args: argparse.Namespace) -> int:
     profiles = source.profiles()
     if saves:
         save_profiles(profiles, args.profile)
-        print(f"profiles of {', '.join(source.tables)} are in {args.profile}")
+        print(wrapped([f"profiles of {', '.join(source.tables)} are in {args.profile}"]))
     if args.output is not None:
         make = partial(generate_trace, source, settings, args.output, profiles=profiles)
         _make(args.output, make, _shape, partial(_report_fit, profiles, args))
@@ -371,17 +370,19 @@ def _run_trace(args: argparse.Namespace) -> int:
 
 def _report_fit(originals: list[Profile], args: argparse.Namespace) -> None:
     generated = TraceSource(args.output).profiles()
-    print(render_fits([measure_fit(*pair) for pair in zip(originals, generated, strict=True)]))
+    fits = [measure_fit(*pair) for pair in zip(originals, generated, strict=True)]
+    lines = render_fits(fits).splitlines()
     for original, copy in zip(originals, generated, strict=True):
         if copy.accesses > original.accesses and original.distinct < original.rows:
-            print(
+            lines.append(
                 f"{original.column}: after the original's {original.accesses:,} accesses, the unique rows grow as "
                 f"the accesses to the power of {original.growth:.2f}, up to the {original.rows:,} rows of the table: "
                 f"{copy.distinct:,} unique rows after {copy.accesses:,} accesses"
             )
     if args.plot is not None:
         plot_fits(originals, generated, str(args.source or args.profile), args.plot)
-        print(f"{args.plot} compares the generated accesses with the original ones")
+        lines.append(f"{args.plot} compares the generated accesses with the original ones")
+    print(wrapped(lines))
 
 
 def _make(

@@ -27,9 +27,9 @@ from datamodules.generate.draws import stream
 from datamodules.generate.folder import SEED_RANGE, cache_folder, check_settings, make_once, rows_of_splits
 from datamodules.generate.profiles import CLASS_LOW, Profile, TraceSource, lru_stack, phase_end
 from datamodules.generate.random import chance_scores, dense_block, label_block
-from datamodules.preprocess.skew import check_figure_file
 from datamodules.writer import DatasetWriter
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.contracts.figures import save_figure
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Split
 from lightning_dlrm.contracts.terminal import counted
 
@@ -265,21 +265,6 @@ def render_fits(fits: Sequence[Fit]) -> str:
     )
 
 
-def check_plot(path: Path) -> None:
-    """Check before long work that ``plot_fits`` can write a figure.
-
-    Raises:
-        UserError: matplotlib is not installed, or see ``check_figure_file``.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--plot needs {error.name}, which is not installed; install it with: pip install 'lightning-dlrm[trace]'"
-        ) from error
-    check_figure_file(path)
-
-
 def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], source: str, path: Path) -> None:
     """Draw stack distances, hit rates and distinct rows of each column, original and generated.
 
@@ -294,8 +279,10 @@ def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], source
     figure = Figure(figsize=(13, 3.6 * len(originals) + 0.8), layout="constrained")
     title = "in a good fit, each dashed line covers its thick line"
     figure.suptitle(f"Accesses of {source}, original and generated: {title}", x=0.01, ha="left", weight="bold")
-    axes = figure.subplots(len(originals), 3, squeeze=False)
-    for row, original, copy in zip(axes, originals, generated, strict=True):
+    parts = figure.subfigures(len(originals), 1, squeeze=False)[:, 0]
+    for part, original, copy in zip(parts, originals, generated, strict=True):
+        part.suptitle(original.column, x=0.01, ha="left", weight="bold", fontsize=11)
+        row = part.subplots(1, 3)
         accesses = min(original.accesses, copy.accesses)
         for profile, name, style in (
             (original, "original", {"color": "#56B4E9", "linewidth": 4}),
@@ -306,7 +293,8 @@ def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], source
         distances.set(xscale="log", ylim=(0, None), xlabel="stack distance, rows", ylabel="accesses, %")
         first = original.beginning(accesses)[0] / accesses
         hits.axhline(100 * (1 - first), color="0.45", linestyle=":", linewidth=1.2)
-        note = f"{first:.0%} are first accesses to a row: no cache serves them"
+        share = "under 0.1%" if first < 0.001 else f"{first:.1%}"
+        note = f"{share} are first accesses to a row: no cache serves them"
         hits.annotate(note, (0.02, 100 * (1 - first)), (0, 3), ("axes fraction", "data"), "offset points", fontsize=7.5)
         hits.set(
             xscale="log", ylim=(0, 110), yticks=range(0, 101, 20), xlabel="rows in the LRU cache", ylabel="hits, %"
@@ -314,9 +302,9 @@ def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], source
         distinct.set(xscale="log", yscale="log", xlabel="accesses", ylabel="unique rows")
         distinct.yaxis.set_major_formatter("{x:,.0f}")
         distinct.yaxis.set_minor_formatter(LogFormatter())  # of a small table: 24, not 2.4 times ten to the 1
-        distances.set_title(f"{original.column}: stack distances, in ranges 2^n to 2^(n+1)", loc="left")
-        hits.set_title(f"{original.column}: hit rate of an LRU cache", loc="left")
-        distinct.set_title(f"{original.column}: unique rows", loc="left")
+        distances.set_title("stack distances, in ranges 2^n to 2^(n+1)", loc="left")
+        hits.set_title("hit rate of an LRU cache", loc="left")
+        distinct.set_title("unique rows", loc="left")
         for ax in row:
             ax.grid(color="0.92")
             ax.set_axisbelow(True)
@@ -325,8 +313,8 @@ def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], source
                 ax.xaxis.set_major_locator(LogLocator(2))
                 ax.xaxis.set_minor_locator(NullLocator())
             ax.xaxis.set_major_formatter("{x:,.0f}")
-        distinct.legend(frameon=False, loc="upper left")
-    figure.savefig(path, dpi=110)
+        part.legend(*distinct.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    save_figure(figure, path, 110)
 
 
 def _draw(row: Sequence[Any], profile: Profile, accesses: int, style: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--plot": {
         "type": Path,
         "metavar": "FILE",
-        "help": "draw table sizes and the spread of lookups: .png, .pdf or .svg",
+        "help": "draw table sizes and the spread of lookups: .png, .svg or .pdf",
     },
     "--json": {"action": "store_true", "help": "print one JSON object instead of tables"},
 }

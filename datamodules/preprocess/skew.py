@@ -19,6 +19,7 @@ from tqdm import tqdm
 from datamodules.folder import REMEDY, Folder, part_files
 from datamodules.parquet import read_part
 from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.figures import check_figure_file, save_figure
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
 
 if TYPE_CHECKING:
@@ -48,8 +49,6 @@ _CURVES = (
     ("#CC79A7", (0, (8, 2, 1, 2, 1, 2))),
     ("#E69F00", (0, (2, 1))),
 )
-
-_FORMATS = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,19 +192,6 @@ def check_figure(schema: DatasetSchema, path: Path) -> None:
     check_figure_file(path)
 
 
-def check_figure_file(path: Path) -> None:
-    """Check before long work that a figure can be written.
-
-    Raises:
-        UserError: there is no such folder, or the file's suffix is not that of a figure.
-    """
-    parent = path.absolute().parent
-    require(parent.is_dir(), f"cannot write {path}: there is no folder {path.parent}; make it, or choose another file")
-    require(
-        path.suffix in _FORMATS, f"{path} does not have the suffix of a figure; give it one of {', '.join(_FORMATS)}"
-    )
-
-
 def draw(skews: Sequence[Skew], title: str, path: Path) -> None:
     """Write the figure.
 
@@ -244,10 +230,7 @@ def draw(skews: Sequence[Skew], title: str, path: Path) -> None:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_axisbelow(True)
-    try:
-        figure.savefig(path, dpi=220)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}); choose another --plot FILE") from error
+    save_figure(figure, path, 220)
 
 
 def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:

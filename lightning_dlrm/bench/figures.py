@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lightning_dlrm.bench.roofline import Cost, MachineRates, Part
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.figures import save_figure
 
-_FORMATS = (".png", ".pdf", ".svg")
 # Colours of Okabe and Ito, and hatches.
 _FILLS = (
     ("#999999", "...."),
@@ -47,18 +46,6 @@ _MARK_PX = 6.0
 _FAR_PX = 8.0
 """Distance from which on a label is far enough from everything else, pixels."""
 _TITLE: dict[str, Any] = {"fontsize": 12, "weight": "bold", "x": 0.01, "ha": "left"}
-
-
-def check_figure(path: Path) -> None:
-    """Check that a figure can be written, before long work.
-
-    Raises:
-        UserError: the file has no suffix of a figure, or its folder does not exist.
-    """
-    if path.suffix not in _FORMATS:
-        raise UserError(f"{path} has no suffix of a figure; end its name with {', '.join(_FORMATS)}")
-    if not path.parent.is_dir():
-        raise UserError(f"the folder {path.parent} does not exist; make it, or write the figure elsewhere")
 
 
 def draw_breakdown(
@@ -98,7 +85,7 @@ def draw_breakdown(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path, 150)
 
 
 def _merged(
@@ -172,7 +159,7 @@ def draw_roofline(
     figure.draw_without_rendering()
     for (axes, marks, roof), precision in zip(labelled, precisions, strict=True):
         _label(axes, marks, roof, _limits(axes, rates, precision, roof))
-    _save(figure, path)
+    save_figure(figure, path, 150)
 
 
 def _limits(axes: Axes, rates: MachineRates, precision: str, roof: Sequence[tuple[float, float]]) -> Sequence[Text]:
@@ -240,10 +227,3 @@ def _label(
 
     for _, _, look in max(product(*options), key=distances):
         axes.annotate(**look, fontsize=8)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; write the figure elsewhere") from error

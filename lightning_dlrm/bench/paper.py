@@ -22,6 +22,7 @@ from lightning_dlrm.bench.measurement import (
 from lightning_dlrm.bench.roofline import Part
 from lightning_dlrm.bench.step import StepKey
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.figures import check_figure_file
 from lightning_dlrm.contracts.terminal import aligned
 
 DESCRIPTION = """\
@@ -99,10 +100,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     if args.batches < args.rounds:
         raise UserError(f"--batches is {args.batches} and --rounds {args.rounds}: give at least as many batches")
     if args.plot is not None:
-        # Matplotlib takes long to import.
-        from lightning_dlrm.bench.figures import check_figure
-
-        check_figure(args.plot)
+        check_figure_file(args.plot)
     device = check(args)
     workload = paper(args.max_rows)
     is_published = workload == paper() and args.batch_size == _PUBLISHED_BATCH_SIZE

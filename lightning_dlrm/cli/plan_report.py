@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightning_dlrm.cli.palette import OKABE_ITO, filling
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.figures import save_figure
 from lightning_dlrm.contracts.terminal import aligned, binary_size, counted
 from lightning_dlrm.sharding.balance import SMALL_BYTES, HostPlacement
 from lightning_dlrm.sharding.costs import RankCost, TableCost, TableLoad, imbalance
@@ -301,7 +301,4 @@ def draw(
         + f"{counted(len(loads), 'table')} in {counted(len(plan.pieces), 'piece')} on {counted(plan.ranks, 'rank')}, "
         f"global batch {batch_size:,}"
     )
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot draw {path}: {error}; give --plot a file such as plan.png") from error
+    save_figure(figure, path, 120)

@@ -290,7 +290,7 @@ def test_quotients_are_those_of_each_round() -> None:
         (["gpu"], "bench gpu needs a CUDA device"),
         (["gpu", "--budget", "-1"], "--budget is -1"),
         (["gpu", "--predict", "--max-rows", "0"], "--max-rows is 0"),
-        (["paper", "--plot", "figure.doc"], "no suffix of a figure"),
+        (["paper", "--plot", "figure.doc"], "does not have the suffix of a figure"),
         (["step", "--peer", "nowhere"], "not a checkout of facebookresearch/dlrm"),
         (["step", "--model", "dcn", "--max-rows", "0"], "--max-rows is 0"),
     ],

@@ -35,6 +35,7 @@ from datamodules.generate.trace import (
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.plain_parser import HelpParser
+from lightning_dlrm.contracts import terminal
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
 
@@ -322,7 +323,10 @@ def test_splits_follow_each_other_in_one_trace(source: tuple[Path, dict[str, Any
 
 
 def test_command_reports_the_fit(
-    source: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parser = HelpParser()
     command.add_arguments(parser)
@@ -342,6 +346,10 @@ def test_command_reports_the_fit(
     assert "independent of the features (best AUC 0.5), so" in " ".join(text.split()) and "train on it" not in text
     text = run("--profile", profile, "--output", str(tmp_path / "long"), "--rows", "25000", "--test-rows", "0")
     assert f"after the original's {ROWS:,} accesses, the unique rows grow" in text and "after 25,000 acc" in text
+    monkeypatch.setattr(terminal, "line_width", lambda stream: 79)
+    text = run("--profile", profile, "--output", str(tmp_path / "wrapped"), "--rows", "25000", "--test-rows", "0")
+    assert all(len(line) < 80 or str(tmp_path) in line for line in text.splitlines())
+    assert "the unique rows grow" in " ".join(text.split())
     text = run("--profile", profile, "--output", str(tmp_path / "short"), "--rows", "5000", "--test-rows", "0")
     assert "C1: 5,000 accesses; original / generated" in text
     with pytest.raises(UserError, match=r"p\.json exists; name a new file, or leave --from out"):
@@ -354,9 +362,10 @@ def test_command_reports_the_fit(
     for arguments, message in (
         ([*new[:3], data], "exists and is not an empty folder"),
         ([*new, "--rows", "999"], "--rows is 999; give at least 1,000, to measure the fit"),
-        ([*new, "--plot", "fit.gif"], "fit.gif does not have the suffix of a figure; give it one of .png, .pdf, .svg"),
+        ([*new, "--plot", "fit.gif"], "fit.gif does not have the suffix of a figure; give it one of .png, .svg, .pdf"),
         ([*new, "--plot", "nowhere/fit.png"], "cannot write nowhere/fit.png: there is no folder nowhere"),
         ([*new, "--profile", "nowhere/p.json"], "cannot write nowhere/p.json: there is no folder nowhere"),
+        (["--profile", "nowhere.json", *new[2:]], "there is no file nowhere.json; give --profile a file of trace prof"),
         ([*new[:2], "--plot", "fit.png", "--profile", "q.json"], "--plot compares generated accesses"),
     ):
         with pytest.raises(UserError, match=message):
