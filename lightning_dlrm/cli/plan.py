@@ -18,6 +18,7 @@ from datamodules.preprocess.skew import lookup_counts
 from lightning_dlrm.cli.configs import given_configs
 from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser, refuse_options_of_runs
 from lightning_dlrm.cli.plan_report import (
+    describe_lookups,
     describe_places,
     describe_plan,
     describe_setup,
@@ -27,6 +28,7 @@ from lightning_dlrm.cli.plan_report import (
 from lightning_dlrm.cli.report import data_words
 from lightning_dlrm.cli.trust import trusting_command
 from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.figures import check_figure_file
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.contracts.terminal import command_after, counted, wrapped
 from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, table_loads
@@ -74,7 +76,8 @@ def _parser() -> CommandParser:
         type=str | None,
         default=None,
         help="choose which tables stay in host memory, so that tables, their optimizer state and the rows of three "
-        "batches take at most this much memory of one device: 8GiB",
+        "batches take at most this much memory of one device: 8GiB; leave room for dense layers and activations, "
+        "which are not counted; not together with --memory-per-rank, --plan, --plot or --wire",
     )
     parser.add_argument(
         "--skew",
@@ -115,7 +118,7 @@ def run(arguments: Sequence[str]) -> int:
     refuse_options_of_runs("plan", arguments)
     built = build_model_and_data(arguments, _parser())
     settings, module = built.settings, built.module
-    require(0 <= settings.skew < math.inf, f"--skew is {settings.skew:g}; expected a number of 0 or more")
+    memory = _checked_memory(settings)
     given_ranks, settings.ranks = settings.ranks, _ranks(settings)
     with torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)
@@ -126,8 +129,8 @@ def run(arguments: Sequence[str]) -> int:
     element_bytes = 2 if settings.wire == "bf16" else network.lookups()[0].weight.element_size()
     setup = _setup(settings, given_configs(arguments), module.schema, batch_size)
     if settings.device_memory is not None:
-        return _place(settings, setup, network, loads, _fit_command(arguments, settings.output))
-    plan = _plan(settings, loads, batch_size, element_bytes, given_ranks)
+        return _place(settings, setup, network, loads, memory, _fit_command(arguments, settings.output))
+    plan = _plan(settings, loads, batch_size, element_bytes, memory, given_ranks)
     setup["ranks"] = plan.ranks
     costs = rank_costs(plan, loads, batch_size, element_bytes)
     of_tables = table_costs(plan, loads, batch_size, element_bytes)
@@ -137,7 +140,8 @@ def run(arguments: Sequence[str]) -> int:
         # Matplotlib takes long to load.
         from lightning_dlrm.cli.plan_report import draw
 
-        draw(plan, loads, costs, batch_size, Path(settings.plot), describe_subject(setup))
+        note = f"{describe_subject(setup)}\n{describe_lookups(setup['skew'])}"
+        draw(plan, loads, costs, batch_size, Path(settings.plot), note)
     if settings.json:
         print(json.dumps(setup | plan_document(plan, costs, of_tables), indent=1))
     else:
@@ -147,6 +151,31 @@ def run(arguments: Sequence[str]) -> int:
             if path is not None:
                 print(f"{what} written to {path}")
     return 0
+
+
+def _checked_memory(settings: Namespace) -> Any:
+    """Check the options of the command before ids are read; return the bytes of a device, or of each rank, or None.
+
+    Raises:
+        UserError: an option is out of range, or has no effect beside another one.
+    """
+    require(0 <= settings.skew < math.inf, f"--skew is {settings.skew:g}; expected a number of 0 or more")
+    if settings.plot is not None:
+        check_figure_file(Path(settings.plot))
+    for option, given in (
+        ("--memory-per-rank", settings.memory_per_rank is not None),
+        ("--plan", settings.plan is not None),
+        ("--plot", settings.plot is not None),
+        ("--wire", settings.wire != "full"),
+    ):
+        require(
+            settings.device_memory is None or not given,
+            f"--device-memory chooses tables for host memory, but {option} is for a plan: give one of them",
+        )
+    if settings.device_memory is not None:
+        return parse_bytes(settings.device_memory, "--device-memory")
+    given = settings.memory_per_rank
+    return None if given is None else parse_memory(given, "--memory-per-rank")
 
 
 def _ranks(settings: Namespace) -> int:
@@ -184,12 +213,15 @@ def _setup(settings: Namespace, configs: Sequence[str], schema: DatasetSchema, b
 
 
 def _plan(
-    settings: Namespace, loads: Sequence[TableLoad], batch_size: int, element_bytes: int, given_ranks: int | None
+    settings: Namespace,
+    loads: Sequence[TableLoad],
+    batch_size: int,
+    element_bytes: int,
+    memory: Any,
+    given_ranks: int | None,
 ) -> Plan:
     """Make a plan, or read the plan of ``--plan``, which must have the ranks of ``--ranks`` if that is given."""
     if settings.plan is None:
-        given = settings.memory_per_rank
-        memory = None if given is None else parse_memory(given, "--memory-per-rank")
         return make_plan(loads, settings.ranks, batch_size, memory, element_bytes)
     plan = read_plan(Path(settings.plan))
     require(
@@ -231,19 +263,14 @@ def _fit_command(arguments: Sequence[str], output: str | None) -> str:
 
 
 def _place(
-    settings: Namespace, setup: dict[str, Any], network: CTRNetwork, loads: Sequence[TableLoad], fit_command: str
+    settings: Namespace,
+    setup: dict[str, Any],
+    network: CTRNetwork,
+    loads: Sequence[TableLoad],
+    memory: int,
+    fit_command: str,
 ) -> int:
     """Choose and print which tables stay in host memory, for ``--device-memory``."""
-    memory = parse_bytes(settings.device_memory, "--device-memory")
-    for option, given in (
-        ("--memory-per-rank", settings.memory_per_rank is not None),
-        ("--plan", settings.plan is not None),
-        ("--plot", settings.plot is not None),
-        ("--wire", settings.wire != "full"),
-    ):
-        require(
-            not given, f"--device-memory chooses tables for host memory, but {option} is for a plan: give one of them"
-        )
     # A table that the configuration splits has two loads.
     rows = rows_of_tables(loads)
     whole = {load.name: dataclasses.replace(load, rows=rows[load.name], start=0, table_rows=0) for load in loads}

@@ -36,20 +36,24 @@ def describe_setup(setup: Mapping[str, Any]) -> str:
     ...                 "ranks": 8, "skew": 0.0, "plan": None, "device_memory": None})
     'DLRM of dlrm.yaml on demo data, global batch 2,048, 8 ranks; assumed: rows of a table are looked up equally often'
     """
-    ranks, skew, file = setup["ranks"], setup["skew"], setup["plan"]
+    ranks, file = setup["ranks"], setup["plan"]
     if setup["device_memory"] is not None:
         memory = re.sub(r"(?<=\d)(?=[A-Za-z])", " ", setup["device_memory"])
         where = f"{counted(ranks, 'device')} with {memory}{' each' * (ranks > 1)}"
     else:
         where = counted(ranks, "rank") + ("" if file is None else f" of the plan {file}")
-    if skew is None:
-        lookups = "lookups as counted in the dataset"
-    elif skew == 0:
-        lookups = "assumed: rows of a table are looked up equally often"
-    else:
-        power = "" if skew == 1 else f"^{skew:g}"
-        lookups = f"assumed: the k-th row of a table is looked up 1/k{power} times as often as its first row"
+    lookups = describe_lookups(setup["skew"])
     return f"{describe_subject(setup)}, global batch {setup['batch_size']:,}, {where}; {lookups}"
+
+
+def describe_lookups(skew: float | None) -> str:
+    """Return how often the rows of a table are looked up; ``skew`` is None if lookups are counted."""
+    if skew is None:
+        return "lookups as counted in the dataset"
+    if skew == 0:
+        return "assumed: rows of a table are looked up equally often"
+    power = "" if skew == 1 else f"^{skew:g}"
+    return f"assumed: the k-th row of a table is looked up 1/k{power} times as often as its first row"
 
 
 def plan_document(plan: Plan, costs: Sequence[RankCost], of_tables: Sequence[TableCost]) -> dict[str, Any]:
@@ -172,6 +176,7 @@ def describe_places(places: HostPlacement, loads: Sequence[TableLoad]) -> str:
     return (
         f"{legend}served: share of the lookups that read rows on the device\n{table}\n\n"
         f"device: {amount(places.device_bytes)}, of which {amount(places.cached_bytes)} for cached rows;\n"
+        "dense layers and activations are on the device too, but are not counted here;\n"
         f"host: {amount(places.host_bytes)}; a step moves {binary_size(places.bus_bytes)} either way"
     )
 
@@ -259,7 +264,7 @@ def draw(
     plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batch_size: int, path: Path, note: str = ""
 ) -> None:
     """Draw the bytes of each rank by table, its work, and the bytes that it sends, with their means; ``note``, such as
-    the name of the configuration, is printed above.
+    the name of the configuration and the assumed lookups, is printed above.
 
     Raises:
         UserError: the file cannot be written.

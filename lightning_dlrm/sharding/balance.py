@@ -125,11 +125,13 @@ def _check_room(tables: Sequence[TableLoad], limits: Sequence[float]) -> None:
     missing, largest = needed - int(room), max(limits)
     count = math.ceil(missing / largest) if largest else 0
     more = f"{counted(count, 'more rank')} of {format_bytes(largest)}" if largest else "ranks with memory"
+    # RowWiseAdagrad has one number for each row.
+    stateful = any(table.bytes_per_row > 4 * (table.width + 1) for table in tables)
+    less_state = "an optimizer with less state (RowWiseAdagrad), or " * stateful
     raise UserError(
         f"the tables and their optimizer state take {format_bytes(needed)}, but {counted(len(limits), 'rank')} "
         f"together {'has' if len(limits) == 1 else 'have'} {format_bytes(room)}, {format_bytes(missing)} too few: give "
-        f"{more}, or {format_bytes(needed / len(limits))} on each rank, or an optimizer with less state "
-        "(RowWiseAdagrad), or a smaller width"
+        f"{more}, or {format_bytes(needed / len(limits))} on each rank, or {less_state}a smaller width"
     )
 
 

@@ -143,6 +143,9 @@ def imbalance(values: Sequence[float]) -> float:
     return max(values) / mean if mean else 1.0
 
 
+_AMOUNT = "a number with a unit (KiB, MiB, GiB, TiB, KB, MB, GB or TB), such as 80GiB"
+
+
 def parse_bytes(text: str, setting: str) -> int:
     """Parse an amount of memory such as ``80GiB``, ``512 MB`` or a plain number of bytes.
 
@@ -158,7 +161,7 @@ def parse_bytes(text: str, setting: str) -> int:
     """
     value = _bytes_of(text)
     if value is None:
-        raise UserError(f"{setting} is {text}; expected an amount above 0, such as 80GiB")
+        raise UserError(f"{setting} is {text}; expected {_AMOUNT}")
     return value
 
 
@@ -184,9 +187,7 @@ def parse_memory(text: str, setting: str) -> int | list[int]:
     """
     amounts = [amount for part in text.split(",") if (amount := _bytes_of(part)) is not None]
     if len(amounts) <= text.count(","):
-        raise UserError(
-            f"{setting} is {text}; expected an amount above 0, such as 80GiB, or one for each rank: 24GiB,80GiB"
-        )
+        raise UserError(f"{setting} is {text}; expected {_AMOUNT}, or such an amount for each rank: 24GiB,80GiB")
     return amounts[0] if len(amounts) == 1 else amounts
 
 

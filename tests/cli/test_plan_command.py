@@ -52,12 +52,21 @@ def test_the_first_line_says_what_the_plan_is_for(options: str, setup: str, caps
         ("--trainer.devices 5000", "trainer.devices times trainer.num_nodes is 5000; expected a number of ranks from"),
         (
             "--memory-per-rank lots",
-            "--memory-per-rank is lots; expected an amount above 0, such as 80GiB, or one for each rank: 24GiB,80GiB",
+            "--memory-per-rank is lots; expected a number with a unit (KiB, MiB, GiB, TiB, KB, MB, GB or TB), such as "
+            "80GiB, or such an amount for each rank: 24GiB,80GiB",
         ),
-        ("--device-memory -1GiB", "--device-memory is -1GiB; expected an amount above 0"),
+        ("--device-memory -1GiB", "--device-memory is -1GiB; expected a number with a unit (KiB, MiB, "),
         ("--ranks 2 --skew -4", "--skew is -4; expected a number of 0 or more"),
         ("--ranks 2 --indices -1,2", "--indices is -1,2; expected numbers of 0 or more"),
-        ("--device-memory lots", "--device-memory is lots; expected an amount above 0, such as 80GiB"),
+        (
+            "--device-memory 1Gib2",
+            "--device-memory is 1Gib2; expected a number with a unit (KiB, MiB, GiB, TiB, KB, MB, GB",
+        ),
+        (
+            "--device-memory 1GiB --plot a.png --counted",
+            "--device-memory chooses tables for host memory, but --plot is for a plan: give one of them",
+        ),
+        ("--plot a.jpgx", "a.jpgx does not have the suffix of a figure; give it one of .png, .svg, .pdf"),
         ("--resume auto", "--resume has no effect on plan, which trains nothing: leave it out"),
         ("--run_dir=x", "--run_dir has no effect on plan, which trains nothing: leave it out"),
         ("--checkpoint.every_n_steps 3", "--checkpoint.every_n_steps has no effect on plan, which trains nothing"),

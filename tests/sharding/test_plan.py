@@ -266,6 +266,10 @@ def test_what_does_not_fit_says_by_how_much() -> None:
         UserError, match=r"take 19\.53 KiB, but 2 ranks together have 11\.72 KiB, 7\.812 KiB too few: give 2 more"
     ):
         make_plan(loads((1000,), 4), 2, 8, memory=6000)
+    for state, advice in ((4, r"each rank, or a smaller width"), (16, r"less state \(RowWiseAdagrad\), or a smaller")):
+        table = TableLoad(name="C1", rows=1000, width=4, bytes_per_row=16 + state)
+        with pytest.raises(UserError, match=advice):
+            make_plan([table], 2, 8, memory=6000)
     with pytest.raises(UserError, match="memory is given for 2 ranks, but there are 3"):
         make_plan(loads((1000,), 4), 3, 8, memory=[6000, 7000])
 
@@ -300,9 +304,9 @@ def test_amounts_of_memory() -> None:
     assert parse_memory("80GiB", "memory") == 80 * GIB
     assert parse_memory("24GiB, 1000", "memory") == [24 * GIB, 1000]
     for bad in ("80Gigs", "", "-1GB", "nan", "1GiB,", "1GiB,lots"):
-        with pytest.raises(UserError, match=rf"^memory is {bad}; expected an amount .* for each rank: 24GiB,80GiB$"):
+        with pytest.raises(UserError, match=rf"^memory is {bad}; expected a number .* for each rank: 24GiB,80GiB$"):
             parse_memory(bad, "memory")
-        with pytest.raises(UserError, match=rf"^--device-memory is {bad}; expected an amount above 0, such as 80GiB$"):
+        with pytest.raises(UserError, match=rf"^--device-memory is {bad}; expected a number with a unit .*80GiB$"):
             parse_bytes(bad, "--device-memory")
 
 
