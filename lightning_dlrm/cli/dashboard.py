@@ -6,7 +6,8 @@ from pathlib import Path
 from lightning_dlrm.tracking.dashboard import Dashboard, publish, write_page
 
 DESCRIPTION = """\
-Save a W&B workspace and a report of a project's or a group's runs.
+Save a workspace and a report of a project's or a group's runs at Weights & Biases (W&B).
+Needs: pip install 'lightning-dlrm[dashboards]', and an account of W&B ('wandb login'), apart from --output
 
 examples:
   python -m lightning_dlrm dashboard
@@ -39,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="write the contents of the dashboard as an HTML page; save nothing at W&B",
+        help="list the panels of the dashboard, without data, on an HTML page; save nothing at W&B",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Save the workspace and the report, and print their addresses; or write a page that shows what they hold."""
+    """Save the workspace and the report, and print their addresses; or write a page that lists their panels."""
     dashboard = Dashboard(
         project=options.project,
         entity=options.entity,

@@ -28,19 +28,20 @@ _UNITS = {
 _SHARE = "share of the time, from 0 to 1"
 
 _WORDS = {
-    "comparison": "What compare found: which configuration is better, and how sure that is.",
-    "quality": "How well the runs predict clicks. Higher is better for AUC and accuracy, lower for log loss and "
-    "normalized entropy; calibration is best at 1.",
-    "training": "Whether training is stable: the loss falls. AUC, log loss and accuracy are of the last "
-    f"{names.WINDOW_SAMPLES:,} samples, each scored in its own step, before the update.",
-    "norms": "Whether a norm of gradients or table rows grows without bound. Logged by runs with --log_norms true "
-    "only.",
-    "speed": "Samples per second, and the share of the time spent waiting for data. Compare times of runs on equal, "
-    "idle machines only.",
-    "system": "How much CPU time and memory the process of each run uses.",
-    "GPUs": "How much time and memory of the GPUs each run uses. Logged by runs on GPUs only.",
-    "parallel": "What ranks exchange, and how evenly tables and work are spread over them. Logged by runs "
-    "on several ranks only, and the load of each rank by comparisons of runs whose tables are sharded.",
+    "comparison": "The results of compare: which configuration is better, by how much, and how certain that is.",
+    "quality": "How well the runs predict the clicks of the validation rows. Higher is better for AUC and accuracy, "
+    "lower for log loss and normalized entropy; calibration is best at 1.",
+    "training": "Loss and scores on the training rows. The loss of a stable training falls; if it rises, try a "
+    f"lower learning rate. AUC, log loss and accuracy are those of the last {names.WINDOW_SAMPLES:,} samples, each "
+    "scored before the update of its own step.",
+    "norms": "Sizes of gradients and table rows. A norm that keeps growing is a sign that training diverges. Logged by "
+    "runs with --log_norms true only.",
+    "speed": "How many samples a run trains on per second, and what takes its time. Compare times only between runs on "
+    "equal machines without other work.",
+    "system": "CPU time and memory of the process of each run.",
+    "GPUs": "Time and memory of the GPUs of each run. Logged by runs on GPUs only.",
+    "parallel": "What the ranks send to each other, and how evenly tables and requested rows are spread over them. "
+    "Logged by runs on several ranks only, and the load of each rank by comparisons of runs whose tables are sharded.",
 }
 """Section -> a sentence on what it shows."""
 
@@ -170,7 +171,7 @@ def _panels() -> dict[str, list[Any]]:
         "parallel": [
             _lines("time of the exchanges of a step", names.EXCHANGE_MS, unit="milliseconds"),
             _lines("data that the busiest rank sends in a step", names.SENT_MIB, unit="MiB"),
-            _lines("rows requested from the busiest rank", names.WORK_IMBALANCE, unit="busiest rank / mean rank"),
+            _lines("imbalance of requested rows", names.WORK_IMBALANCE, unit="busiest rank / mean of the ranks"),
             _bars("table rows of the fullest rank", names.ROWS_PER_RANK, "rows"),
             _bars("tables and their state on the fullest rank", names.in_gib(names.BYTES_PER_RANK), "GiB"),
         ],
@@ -299,8 +300,9 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 .panels span { color: #444; font-size: .85rem; overflow-wrap: anywhere; display: block; }
 </style></head><body><h1>Outline of the dashboard of {{ dashboard.title }}</h1>
 <p>The layout of the W&amp;B workspace and report of
-{{ "the group " ~ dashboard.group if dashboard.group else "this project" }}: title, kind and metrics of each panel,
-without data. <code>python -m lightning_dlrm dashboard</code> with the same options, without --output, saves both
+{{ "the group " ~ dashboard.group ~ " in " if dashboard.group }}the project {{ dashboard.project }} of
+{{ dashboard.entity or "your own account" }}: title, kind and metrics of each panel, without data.
+<code>python -m lightning_dlrm dashboard</code> with the same options, without --output, saves both
 at W&amp;B, with the data.</p>
 {% if dashboard.findings %}<ul>{% for line in dashboard.findings %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
 {% for name, words, panels in sections %}<h2>{{ name }}</h2><p>{{ words }}</p><div class="panels">

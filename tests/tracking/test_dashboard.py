@@ -126,10 +126,18 @@ def test_runs_with_equal_tags_are_drawn_as_their_mean_and_range() -> None:
 
 def test_a_page_shows_the_dashboard_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "board.html"
-    assert main(["dashboard", "--project", "p", "--group", "g", "--comparison", "--output", str(path)]) == 0
+    options = ["--project", "p", "--entity", "ads-team", "--group", "g", "--comparison"]
+    assert main(["dashboard", *options, "--output", str(path)]) == 0
     html = path.read_text()
     heads = ("<h1>Outline of the dashboard of p: g</h1>", "<h2>Comparison</h2>", "<span>lines: ", "<span>bars: ")
-    for words in (*heads, "validation AUC", "validation/log_loss", "GiB", "gpu.N.gpu"):
+    for words in (
+        *heads,
+        "the group g in the project p of\nads-team:",
+        "validation AUC",
+        "validation/log_loss",
+        "GiB",
+        "gpu.N.gpu",
+    ):
         assert words in html
     titles = re.findall("<strong>(.*?)</strong>", html)
     assert {*names.COMPARISON_FIGURES.values(), *names.COMPARISON_TABLES.values()} <= set(titles)
