@@ -65,6 +65,7 @@ Write a dataset folder whose columns access the rows of their tables in an order
 same hit rates in an LRU cache of any size, and as many unique rows. The command measures and prints how similar they
 are. Labels are independent of the features, so that no model has an AUC above 0.5. A saved profile generates accesses
 later, without the data. docs/generated-data.md says what is not reproduced.
+
 Needs: pip install 'lightning-dlrm[trace]'
 
 examples:

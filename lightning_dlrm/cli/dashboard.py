@@ -7,7 +7,8 @@ from lightning_dlrm.tracking.dashboard import Dashboard, publish, write_page
 
 DESCRIPTION = """\
 Save a workspace and a report of a project's or a group's runs at Weights & Biases (W&B).
-Needs: pip install 'lightning-dlrm[dashboards]', and an account of W&B ('wandb login'), apart from --output
+
+Needs: pip install 'lightning-dlrm[dashboards]'; without --output, also an account of W&B ('wandb login').
 
 examples:
   python -m lightning_dlrm dashboard

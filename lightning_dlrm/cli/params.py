@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import yaml
 
-from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.cli.configs import find_config, given_configs
 from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser, refuse_options_of_runs
 from lightning_dlrm.cli.plain_parser import HelpParser
+from lightning_dlrm.cli.plan_report import describe_subject, subject_of
 from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.terminal import aligned, binary_size, wrapped
@@ -35,9 +36,11 @@ def run(arguments: Sequence[str]) -> int:
     built = build_model_and_data(arguments, _parser())
     batch_size = getattr(built.datamodule, "batch_size", DEFAULT_BATCH_SIZE)
     sizes = count(built.module, batch_size)
+    subject = subject_of(built.settings, given_configs(arguments), built.module.schema)
     if built.settings.json:
-        print(json.dumps(sizes | {"batch_size": batch_size}, indent=1))
+        print(json.dumps(subject | sizes | {"batch_size": batch_size}, indent=1))
     else:
+        print(wrapped([f"{describe_subject(subject)}, batch {batch_size:,}", ""]))
         for name, value in sizes.items():
             human = f"  {binary_size(value):>10s}" if value and name.startswith("bytes") else ""
             print(f"{_TITLES[name]:32s}{'unknown' if value is None else f'{value:,}':>18}{human}")
@@ -141,7 +144,7 @@ def count(module: CTRModule, batch_size: int = DEFAULT_BATCH_SIZE) -> dict[str, 
 _TITLES = {
     "tables": "parameters in tables",
     "dense": "dense parameters",
-    "total": "parameters",
+    "total": "parameters in total",
     "flops_per_sample_forward": "FLOPs per sample, forward",
     "flops_per_sample_training": "FLOPs per sample, training",
     "bytes_weights": "bytes of parameters",
@@ -222,6 +225,8 @@ def describe(name: str, goal_name: str, found: ModelSize, goal: ModelSize, by: s
     for key, cost in costs.items():
         ours, theirs = cost(found), cost(goal)
         share = f"{(ours - theirs) / theirs:+,.3%}" if theirs else ""
+        if share in ("+0.000%", "-0.000%"):
+            share = "0.000%" if ours == theirs else "under 0.001%"
         rows.append((key, f"{ours:,}", f"{theirs:,}", f"{ours - theirs:+,}", share, "matched" * (key == by)))
     return aligned(rows, left=(0, 5))
 

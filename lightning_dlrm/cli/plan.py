@@ -24,8 +24,8 @@ from lightning_dlrm.cli.plan_report import (
     describe_setup,
     describe_subject,
     plan_document,
+    subject_of,
 )
-from lightning_dlrm.cli.report import data_words
 from lightning_dlrm.cli.trust import trusting_command
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.figures import check_figure_file
@@ -201,9 +201,7 @@ def _ranks(settings: Namespace) -> int:
 def _setup(settings: Namespace, configs: Sequence[str], schema: DatasetSchema, batch_size: int) -> dict[str, Any]:
     """Return what a plan is for, as JSON values."""
     return {
-        "network": settings.model.network.class_path.rpartition(".")[2],
-        "configurations": list(configs),
-        "data": data_words(schema),
+        **subject_of(settings, configs, schema),
         "batch_size": batch_size,
         "ranks": settings.ranks,
         "plan": settings.plan,

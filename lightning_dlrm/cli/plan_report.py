@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jsonargparse import Namespace
 
 from lightning_dlrm.cli.palette import OKABE_ITO, filling
+from lightning_dlrm.cli.report import data_words
 from lightning_dlrm.contracts.figures import save_figure
+from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.contracts.terminal import aligned, binary_size, counted
 from lightning_dlrm.sharding.balance import SMALL_BYTES, HostPlacement
 from lightning_dlrm.sharding.costs import RankCost, TableCost, TableLoad, imbalance
@@ -19,8 +22,17 @@ from lightning_dlrm.sharding.plan import Plan
 _RANKS_SHOWN = 16
 
 
+def subject_of(settings: Namespace, configurations: Sequence[str], schema: DatasetSchema) -> dict[str, Any]:
+    """Return the network, the configurations and the data of a command, as JSON values."""
+    return {
+        "network": settings.model.network.class_path.rpartition(".")[2],
+        "configurations": list(configurations),
+        "data": data_words(schema),
+    }
+
+
 def describe_subject(setup: Mapping[str, Any]) -> str:
-    """Return the network, the configurations and the data of a plan, such as ``DLRM of dlrm.yaml on demo data``."""
+    """Return the subject of a command in words, such as ``DLRM of dlrm.yaml on demo data``."""
     configs = " + ".join(setup["configurations"])
     return f"{setup['network']}{configs and f' of {configs}'} on {setup['data']}"
 

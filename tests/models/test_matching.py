@@ -116,11 +116,16 @@ def test_columns_stay_apart_however_large_the_numbers() -> None:
     header, *lines = describe("a", "b", large, small, "total")
     assert all(len(line.split()) == 5 + line.endswith("matched") and len(line) <= 90 for line in lines[1:])
     assert "in percent" in header
+    near, far = (ModelSize(tables=0, dense=dense, flops_per_sample_forward=1) for dense in (1_000_000, 1_000_001))
+    _, _, total, _, flops = describe("a", "b", near, far, "dense")
+    assert total.endswith("under 0.001%") and flops.endswith(" 0.000%")
 
 
 def test_the_batch_of_the_gradients_is_named(capsys: pytest.CaptureFixture) -> None:
     arguments = ["params", "--config", "dlrm.yaml", "--data.batch_size", "512"]
     assert main(arguments) == 0
-    assert "Gradients are those of a batch of 512 samples" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("DLRM of dlrm.yaml on demo data, batch 512\n\nparameters in tables ")
+    assert "\nparameters in total " in said and "Gradients are those of a batch of 512 samples" in said
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["batch_size"] == 512
