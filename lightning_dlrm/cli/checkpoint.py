@@ -117,6 +117,7 @@ def info(reader: "CheckpointReader") -> dict[str, Any]:
         "path": shown_path(reader.folder),
         "header": dict(reader.header),
         "bytes": reader.manifest.bytes,
+        "dense_bytes": reader.manifest.rest.bytes,
         "files": 1 + sum(len(entry.pieces) for entry in tables.values()),
         "tables": {
             name: {
@@ -130,11 +131,16 @@ def info(reader: "CheckpointReader") -> dict[str, Any]:
 
 
 def _describe(found: dict[str, Any]) -> str:
+    header = dict(found["header"])
+    if "epoch" in header:
+        # The file counts epochs from 0, and one that is complete still has its own number.
+        header["saved in epoch"] = header.pop("epoch") + 1
     # The first digits of a fingerprint, as inspect shows them.
     facts = {
         name: str(value)[:16] if name.endswith("fingerprint") else f"{value:,}" if type(value) is int else value
-        for name, value in found["header"].items()
+        for name, value in header.items()
     }
+    facts["dense layers"] = f"{binary_size(found['dense_bytes'])} with their optimizer state, in rest.pt"
     facts["size"] = f"{binary_size(found['bytes'])} in {counted(found['files'], 'file')}"
     lines = [found["path"], *(f"{name.replace('_', ' '):22s}{value}" for name, value in facts.items()), ""]
     rows = [("table", "rows", "width", "pieces", "size", "optimizer state")]

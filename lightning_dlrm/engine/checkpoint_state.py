@@ -47,6 +47,7 @@ def add_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
         "data_fingerprint": module.data_schema().data_fingerprint,
         "step": checkpoint["global_step"],
         "epoch": checkpoint["epoch"],
+        "dense_parameters": sum(parameter.numel() for parameter in module.network.dense_parameters()),
     }
     checkpoint["random_state"] = random_states(module.device)
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -273,14 +274,14 @@ def slots(reader: CheckpointReader) -> dict[str, Tensor]:
 
 def test_merged_and_cut_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, whole, cut = (str(tmp_path / name) for name in ("last", "whole", "cut"))
-    write(Path(source), 0, 7, 40, ROWS, step=9)
+    write(Path(source), 0, 7, 40, ROWS, step=9, epoch=0)
     assert main(["checkpoint", "merge", source, "--output", whole]) == 0
     assert main(["checkpoint", "reshard", whole, "--ranks", "4", "--output", cut]) == 0
     capsys.readouterr()
     for path, is_cut in ((whole, False), (cut, True)):
         assert main(["checkpoint", "info", path, "--verify", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
-        assert found["header"] == {"step": 9} and (len(found["tables"]["C1"]["pieces"]) > 1) == is_cut
+        assert found["header"] == {"step": 9, "epoch": 0} and (len(found["tables"]["C1"]["pieces"]) > 1) == is_cut
         reader = CheckpointReader(Path(path))
         assert torch.equal(slots(reader)["weight"], table()[0]) and torch.equal(slots(reader)["sum"], table()[1])
         assert reader.rest()["loops"] == {"n": 3}
@@ -294,7 +295,9 @@ def test_merged_and_cut_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     size = sum(path.stat().st_size for path in (tmp_path / "planned").glob("**/*.*") if path.name != "manifest.json")
     assert lines[0] == str(tmp_path / "planned") and lines[1].split() == ["step", "9"]
-    assert lines[2].split(maxsplit=1) == ["size", f"{binary_size(size)} in 3 files"]
+    assert lines[2].split() == ["saved", "in", "epoch", "1"]
+    assert re.fullmatch(r"dense layers +[\d.]+ \w+ with their optimizer state, in rest\.pt", lines[3])
+    assert lines[4].split(maxsplit=1) == ["size", f"{binary_size(size)} in 3 files"]
     assert lines[-3].split()[:4] == ["C1", "100", "3", "2"] and lines[-3].endswith("  sum")
     assert lines[-1] == "checksums were not compared: --verify compares them" and max(map(len, lines[1:])) < 80
 
