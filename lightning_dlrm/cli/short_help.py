@@ -14,10 +14,10 @@ _CONFIGURATION = """\
   --data.path DIR            a dataset folder, or demo (generated data)"""
 
 _CLASSES = """\
-Any key of a YAML is an option too: --model.network.init_args.top_mlp [512,256].
---help.all lists all options; --model.network.help DLRM and --data.help Criteo
-list the options of a class. --trust MODULE lets a YAML name classes of this
-module (SECURITY.md)."""
+Any key of a YAML is an option too, such as
+--model.network.init_args.top_mlp '[512,256]'. --help.all lists all options;
+--model.network.help DLRM and --data.help Criteo list the options of a class.
+--trust MODULE lets a YAML name classes of this module (SECURITY.md)."""
 
 
 def _evaluation(command: str, more: str) -> str:

@@ -47,8 +47,9 @@ def pieces(*bounds: int) -> list[PieceTensors]:
     ]
 
 
-def write(folder: Path, *bounds: int, step: int = 1) -> None:
-    save_checkpoint(folder, pieces(*(bounds or (0, ROWS))), {"dense": torch.ones(2), "loops": {"n": 3}}, {"step": step})
+def write(folder: Path, *bounds: int, **header: int) -> None:
+    rest = {"dense": torch.ones(2), "loops": {"n": 3}}
+    save_checkpoint(folder, pieces(*(bounds or (0, ROWS))), rest, {"step": 1} | header)
 
 
 @pytest.mark.parametrize("written", [(0, ROWS), (0, 1, 37, ROWS), tuple(range(0, ROWS + 1, 10))])
