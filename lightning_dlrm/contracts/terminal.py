@@ -52,6 +52,7 @@ def line_width(stream: TextIO) -> int:
 def wrapped(lines: Iterable[str], stream: TextIO | None = None) -> str:
     """Join lines; on a terminal, wrap those that are wider than it, with their own indentation and two spaces more.
 
+    A value that stands after its name and two spaces or more goes on below its beginning.
     A command begins a line of its own and goes on after a backslash, so that it can be copied.
 
     Args:
@@ -167,6 +168,8 @@ def _parts(line: str, width: int) -> list[str]:
         words = line[: command.start()].rstrip()
         before, indent = (_parts(words, width), indent) if words else ([], indent[:-2])
         return [*before, *_command_parts(line[command.start() :], width, indent)]
+    if (entry := _ENTRY.match(line)) is not None and entry.end() <= width // 2:
+        indent = " " * entry.end()
     return wrap_around_quotes(line, width, indent)
 
 

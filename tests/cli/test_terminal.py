@@ -41,6 +41,8 @@ def test_lines_fit_the_terminal_and_commands_can_be_copied(columns_80: None) -> 
     start = next(number for number, line in enumerate(shown) if "python" in line)
     assert all(line.endswith(" \\") for line in shown[start:-1]) and "'a run/config.yaml'" in shown[start]
     assert " ".join(line.rstrip("\\").strip() for line in shown[start:]) == command.strip()
+    value = f"speed              {'word ' * 20}".rstrip()
+    assert [line[:20] for line in wrapped([value], Terminal()).splitlines()] == ["speed              w", " " * 19 + "w"]
     assert wrapped(lines, io.StringIO()) == "\n".join(lines), "a file or a pipe gets the lines as they are"
 
 
