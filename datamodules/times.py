@@ -40,10 +40,12 @@ def times(name: str, column: pa.ChunkedArray, form: str | None) -> pa.TimestampA
     found = values.take(encoded.indices)
     if found.null_count > encoded.null_count:
         expected = "an ISO time such as 2024-05-01 12:00:00" if form in (None, "iso") else f"a time as {form!r}"
+        all_wrong = found.null_count == len(found)
         raise BadValueError(
             pc.and_(found.is_null(), encoded.is_valid()),
             lambda row: (
-                f"{name} is {shown(encoded[row].as_py())}, expected {expected}; {_remedy(encoded[row].as_py())}"
+                f"{name} is {shown(encoded[row].as_py())}, expected {expected}; "
+                f"{_remedy(encoded[row].as_py(), all_wrong)}"
             ),
         )
     return found
@@ -59,33 +61,40 @@ def _of_numbers(name: str, column: pa.ChunkedArray, form: str) -> pa.TimestampAr
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise
         encoded = texts(column)
+        all_wrong = len(error.rows) == len(column) - encoded.null_count
         raise BadValueError(
             np.isin(np.arange(len(column)), error.rows),
             lambda row: (
                 f"{name} is {shown(encoded[row].as_py())}, expected {unit} since 1970, because its time is {form}; "
-                f"{_remedy(encoded[row].as_py())}"
+                f"{_remedy(encoded[row].as_py(), all_wrong)}"
             ),
         ) from error
     moments = np.nan_to_num(seconds) * _MICROSECONDS[form]
     wrong = (moments < _MOMENTS[0]) | (moments >= _MOMENTS[1])
     if wrong.any():
+        remedy = (
+            f"try {other}, or correct the line" if wrong.sum() == np.isfinite(seconds).sum() else "correct the line"
+        )
         raise BadValueError(
             wrong,
             lambda row: (
                 f"{name} is {seconds[row]:.15g}, which is not in the years {_YEARS[0]} to {_YEARS[1]} as time "
-                f"{form}; try {other}, or correct the line"
+                f"{form}; {remedy}"
             ),
         )
     micros = np.round(moments).astype(np.int64)
     return pa.array(micros, mask=np.isnan(seconds)).cast(pa.timestamp("us"))
 
 
-def _remedy(text: str) -> str:
-    """Return what to do with a value that does not have the form of times that the schema gives."""
+def _remedy(text: str, all_wrong: bool) -> str:
+    """Return what to do with a value that does not have the form of times that the schema gives, as no value has it if
+    ``all_wrong``."""
+    if not all_wrong:
+        return "correct the line"
     found = _form_of(text)
     if found is not None:
         return f"set 'time: {found}' for this column in the schema, which this value has, or correct the line"
-    return "set time for this column in the schema to iso or to a format such as '%d.%m.%Y', or correct the line"
+    return "set time for this column in the schema to the format of its times, such as '%d.%m.%Y', or correct the line"
 
 
 def _form_of(text: str) -> str | None:

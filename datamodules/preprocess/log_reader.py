@@ -128,7 +128,9 @@ class LogReader(Reader):
         """
         tables, faults = self.parse_good(piece)
         if faults:
-            raise BadLineError(*faults[0])
+            line, fault = faults[0]
+            # If no row is good, the schema is more likely wrong.
+            raise BadLineError(line, f"{fault}; --on-bad-row skip leaves bad {self.unit}s out" if tables else fault)
         return tables
 
     def parse_good(self, piece: Any, first: int = 0) -> tuple[list[pa.Table], list[tuple[int, str]]]:
