@@ -65,7 +65,7 @@ _INFER_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "make a dataset": {
+    "files of every run, with or without --infer": {
         "--input": {
             "required": True,
             "nargs": "+",
@@ -74,6 +74,8 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "metavar": "PATH",
             "help": "raw files or URLs, in the order of days",
         },
+    },
+    "make a dataset": {
         "--output": {"metavar": "DIR", "help": "the dataset folder to make, or a URL; new, or empty"},
         "--schema": {
             "type": Path,
@@ -91,25 +93,37 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "metavar": "N",
             "help": "rarer values share a row (default: the protocol's)",
         },
-        "--max-rows": {"type": int, "metavar": "N", "help": "dlrm, mlperf: most rows of a table (default: no limit)"},
-        "--bins": {"type": int, "metavar": "N", "help": "quantile: most bins of an integer column (default: 30)"},
+        "--max-rows": {
+            "type": int,
+            "metavar": "N",
+            "help": "most rows of a table, for the protocols dlrm and mlperf (default: no limit)",
+        },
+        "--bins": {
+            "type": int,
+            "metavar": "N",
+            "help": "most bins of an integer column, for the protocol quantile (default: 30)",
+        },
         "--negative-sampling-rate": {
             "type": float,
             "default": 1.0,
             "metavar": "SHARE",
             "help": "share of the training rows of label 0 that is kept (default: all)",
         },
-        "--multi-hot": {"choices": ("mlperf",), "help": "terabyte: make the bags of ids of MLPerf DLRM v2"},
+        "--multi-hot": {
+            "choices": ("mlperf",),
+            "metavar": "mlperf",
+            "help": "turn each id into a bag of ids, as MLPerf DLRM v2 does; with --dataset terabyte only",
+        },
         "--multi-hot-distribution": {
             "choices": DISTRIBUTIONS,
             "default": "uniform",
-            "help": "distribution of the ids added to a bag (default: %(default)s)",
+            "help": "with --multi-hot, the distribution of the ids added to a bag (default: %(default)s)",
         },
         "--seed": {
             "type": int,
             "default": 0,
             "metavar": "N",
-            "help": "of random splits, sampling and bags (default: %(default)s)",
+            "help": "seed of random splits, sampling and bags (default: %(default)s)",
         },
     },
     "how to run": {
@@ -128,10 +142,8 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the description and the options of ``preprocess`` to a parser; ``run`` takes what it parses."""
     parser.description, parser.epilog, parser.usage = _DESCRIPTION, _epilog(), f"{parser.prog} [options]"
-    group = parser.add_argument_group("write a schema of your own log; makes no dataset")
-    for name, settings in _INFER_OPTIONS.items():
-        group.add_argument(name, **settings)
-    for title, options in _OPTIONS.items():
+    files, *others = _OPTIONS.items()
+    for title, options in (files, ("write a schema of your own log; makes no dataset", _INFER_OPTIONS), *others):
         group = parser.add_argument_group(title)
         for name, settings in options.items():
             group.add_argument(name, **settings)

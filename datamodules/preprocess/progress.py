@@ -23,6 +23,7 @@ _FIRST_LINE_AFTER_S = 10.0  # without a terminal; each further line waits twice 
 _LINE_EVERY_S = 300.0
 _MEMORY_EVERY_S = 0.25
 _DISK_EVERY_S = 2.0
+_SHORT_S = 0.1  # below which the time of a stage is in milliseconds, and its rate means nothing
 _BAR = "{desc:<7}{percentage:3.0f}%|{bar:8}| {elapsed}<{remaining}{postfix}"
 
 _SAMPLE_BYTES = 4 << 20
@@ -54,10 +55,14 @@ class StageTime:
 
         >>> print(StageTime(name="encode", rows=1_478_027, seconds=1.0, peak_bytes=4 * 10**8, disk_bytes=10**11))
         encode   1,478,027 rows    1.0 s 1,500,000 rows/s  381 MiB memory 93.1 GiB disk
+        >>> print(StageTime(name="encode", rows=800, seconds=0.004, peak_bytes=4 * 10**8, disk_bytes=10**6))
+        encode         800 rows     4 ms                   381 MiB memory 977 KiB disk
         """
-        rate = self.rows / self.seconds if self.seconds else 0.0
+        is_short = self.seconds < _SHORT_S
+        time = f"{1000 * self.seconds:>5.0f} ms" if is_short else f"{self.seconds:>6,.1f} s"
+        rate = "" if is_short else f"{format_rate(self.rows / self.seconds)} rows/s"
         return (
-            f"{_title(self.name):<7}{self.rows:>11,} rows {self.seconds:>6,.1f} s {format_rate(rate):>9} rows/s "
+            f"{_title(self.name):<7}{self.rows:>11,} rows {time} {rate:>16} "
             f"{binary_size(self.peak_bytes):>8} memory {binary_size(self.disk_bytes)} disk"
         )
 
