@@ -76,7 +76,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "make a dataset": {
-        "--output": {"metavar": "DIR", "help": "the dataset folder to make, or a URL; new, or empty"},
+        "--output": {"metavar": "DIR", "help": "dataset folder to make: new or empty; or a URL"},
         "--schema": {
             "type": Path,
             "metavar": "FILE.yaml",
@@ -117,13 +117,13 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--multi-hot-distribution": {
             "choices": DISTRIBUTIONS,
             "default": "uniform",
-            "help": "with --multi-hot, the distribution of the ids added to a bag (default: %(default)s)",
+            "help": "how --multi-hot draws ids (default: %(default)s)",
         },
         "--seed": {
             "type": int,
             "default": 0,
             "metavar": "N",
-            "help": "seed of random splits, sampling and bags (default: %(default)s)",
+            "help": "of random splits, sampling and bags (default: %(default)s)",
         },
     },
     "how to run": {
@@ -134,7 +134,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--workers": {"type": int, "metavar": "N", "help": "processes on this machine (default: one per core)"},
         "--scheduler": {"metavar": "ADDRESS", "help": "work on a Dask cluster, such as tcp://10.0.0.1:8786"},
-        "--work": {"type": Path, "metavar": "DIR", "help": "place of temporary files (default: beside --output)"},
+        "--work": {"type": Path, "metavar": "DIR", "help": "for temporary files (default: beside --output)"},
     },
 }
 
