@@ -109,11 +109,13 @@ options:
 {_CONFIGURATION}
   --ranks N                  world size (default: as the Trainer's settings)
   --memory-per-rank SIZE     most memory of a rank, or one amount for each
-  --device-memory SIZE       memory of each device; other rows stay on the host
+  --device-memory SIZE       memory of each device for tables, beside dense
+                             layers and activations, which are not counted;
+                             other rows stay on the host; not with --plot
   --counted                  count the lookups of each row in the dataset
   --plan FILE                show the plan in this file
   --output FILE              write the plan, or what --device-memory chooses
-  --plot FILE                draw the ranks' loads
+  --plot FILE                draw the ranks' loads: .png, .svg or .pdf
   --json                     print a JSON object
 
 {_CLASSES}""",
