@@ -409,7 +409,7 @@ def _shape(schema: DatasetSchema) -> str:
     rows = ", ".join(counted(split.rows, f"{name} row") for name, split in schema.splits.items())
     tables, table_rows = len(schema.features.tables), sum(schema.features.table_rows)
     dense = counted(schema.features.dense, "dense feature")
-    return wrapped([f"{rows}; {dense}, {counted(tables, 'table')} with {counted(table_rows, 'row')}"])
+    return wrapped([f"{rows}; {dense}, {counted(tables, 'table')} with {counted(table_rows, 'row')} in all"])
 
 
 def _run_tsv(args: argparse.Namespace) -> int:

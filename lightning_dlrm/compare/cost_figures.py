@@ -79,7 +79,7 @@ class CostDrawing(Drawing):
             (_, of_tables), *_ = groups
             caption = (
                 f"Of the dense parts. The tables are the same in all configurations: {len(of_tables)} with "
-                f"{sum(of_tables.values()):,} parameters."
+                f"{sum(of_tables.values()):,} parameters in all."
             )
         # Parts that are too small to be seen are one.
         least = 0.01 * max(sum(parts.values()) for _, parts in dense)
@@ -109,9 +109,8 @@ class CostDrawing(Drawing):
             # No configuration's colour stands for several.
             colour = self.styles[members[0]]["color"] if len(members) == 1 else "0.55"
             look: dict[str, Any] = filling(number) | {"color": colour}
-            label = (
-                f"{', '.join(members)}: {counted(len(tables), 'table')}, {counted(sum(tables.values()), 'parameter')}"
-            )
+            size = f"{counted(len(tables), 'table')} with {counted(sum(tables.values()), 'parameter')} in all"
+            label = f"{', '.join(members)}: {size}"
             if not tables.keys() & set(shown):
                 hidden.append(f"; {label}, all smaller than these")
                 continue

@@ -419,8 +419,8 @@ class _ResultDrawing(Drawing):
             at = " to ".join(f"{end:,.0f}" for end in dict.fromkeys((min(ends), max(ends))))
             begin = f" It is first logged at {at} samples."
         return (
-            f"Training: over the last {names.WINDOW_SAMPLES:,} samples, each scored in its own step, before the update."
-            f"{begin} Validation: over the validation split. {runs}"
+            f"Training: over all samples so far, up to the last {names.WINDOW_SAMPLES:,}, each scored in its own step, "
+            f"before the update.{begin} Validation: over the validation split. {runs}"
         )
 
 

@@ -10,7 +10,7 @@ TEST = "test"
 METRICS = ("auc", "log_loss", "normalized_entropy", "accuracy", "calibration")
 """Metrics of an evaluation; logged as EVALUATION/METRIC."""
 TRAIN_METRICS = ("auc", "accuracy", "log_loss")
-"""Metrics of the last ``WINDOW_SAMPLES`` training samples; logged as TRAIN/METRIC."""
+"""Metrics of all training samples so far, up to the last ``WINDOW_SAMPLES``; logged as TRAIN/METRIC."""
 WINDOW_SAMPLES = 65_536
 GROUP_AUC = "group_auc"
 GROUPS = "groups"

@@ -316,7 +316,9 @@ def test_command_makes_what_its_options_say(tmp_path: Path, capsys: pytest.Captu
         test_rows=0,
     )  # fmt: skip
     assert DatasetSchema.load(tmp_path / "data").encoding_fingerprint == random_schema(wanted).encoding_fingerprint
-    assert "300 train rows, 40 validation rows; 2 dense features, 2 tables with 14 rows" in capsys.readouterr().out
+    assert (
+        "300 train rows, 40 validation rows; 2 dense features, 2 tables with 14 rows in all" in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="exists and is not an empty folder"):
         command.run(parser.parse_args([*arguments, "--dense", "3"]))
 
