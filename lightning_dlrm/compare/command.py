@@ -273,7 +273,7 @@ def _report(
         experiment=bool(options.config),
     )
     anatomies = {arm.name: anatomy(arm.runs[0]) for arm in arms}
-    print("all runs are scored: measuring training steps, and drawing the report", file=sys.stderr, flush=True)
+    print("all runs are scored: drawing the report", file=sys.stderr, flush=True)
     try:
         steps = measure_steps(ranked(comparison), anatomies, output / "operators.json")
         pictures = draw_all(comparison, anatomies, steps, output / "figures")

@@ -189,14 +189,13 @@ def make_pair(
         reason = f"the interval leaves out the variation over {of} has one seed"
     else:
         given, unadjusted = (verdict(metric, found.interval.value, p) for p in (p_adjusted, found.p))
-        share = found.seed_variance / (found.seed_variance + found.sample_variance or 1.0)
         how = f"{len(a.seeds)} seeds in pairs" if found.paired else f"{len(a.seeds)} and {len(b.seeds)} seeds"
         contains = "contains" if unadjusted == "not_distinguishable" else "does not contain"
         but = "but " if given != unadjusted else ""
         reason = (
             f"the 95% interval {contains} 0, with {how}, {but}p is {p_text(p_adjusted)} when adjusted for "
-            f"{counted(verdicts, 'verdict')} (unadjusted {p_text(found.p)}); {100 * share:.0f}% of the variance comes "
-            "from the seeds"
+            f"{counted(verdicts, 'verdict')} (unadjusted {p_text(found.p)}); {found.seed_share:.0%} of the "
+            "uncertainty comes from the seeds"
         )
     if not same:
         reason += f"; {OTHER_DATA}"

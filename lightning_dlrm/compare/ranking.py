@@ -10,13 +10,11 @@ from lightning_dlrm.compare.pairs import Pair
 from lightning_dlrm.compare.results import Comparison, pair_of, ranked, sample_counts
 from lightning_dlrm.compare.runs import Arm, by_data
 from lightning_dlrm.compare.statistics import Interval, Metric, Score
-from lightning_dlrm.compare.training_length import fall_words, improving_words, still_improving
+from lightning_dlrm.compare.training_length import fall_words, improving_words
 from lightning_dlrm.contracts.errors import joined
 
 _SHOWN_NAMES = 4
 """Most configurations that a title or a sentence lists by name; of more it gives the number."""
-_MOST_DIGITS = 7
-_ROUNDING = 1e-12
 
 
 def title_of(arms: Sequence[Arm]) -> str:
@@ -85,16 +83,13 @@ def _listed(words: Sequence[str]) -> str:
 def with_spread(comparison: Comparison, metric: Score, digits: int = 5) -> list[str]:
     """Return the mean of a metric of each ranked configuration, with the standard deviation over its seeds in brackets;
     then that of the click rate alone. All have the same number of decimals."""
-    found = [comparison.values(arm, metric) for arm in ranked(comparison)]
-    spreads = [float(np.std(values, ddof=1)) if len(values) > 1 else None for values in found]
-    # Equal values can have a spread by rounding.
-    if least := min((spread for spread in spreads if spread is not None and spread > _ROUNDING), default=0.0):
-        # Enough for a digit that is not 0.
-        digits = min(max(digits, -math.floor(math.log10(least))), _MOST_DIGITS)
-    cells = [
-        f"{np.mean(values):.{digits}f}" + ("" if spread is None else f" ({spread:.{digits}f})")
-        for values, spread in zip(found, spreads, strict=True)
-    ]
+    cells = []
+    for arm in ranked(comparison):
+        values = comparison.values(arm, metric)
+        spread = f"{np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+        if spread and not float(spread):
+            spread = f"below {10**-digits:.{digits}f}"
+        cells.append(f"{np.mean(values):.{digits}f}" + f" ({spread})" * bool(spread))
     return [*cells, *(f"{value:.{digits}f}" for name, value in comparison.click_rate_alone.items() if name == metric)]
 
 
@@ -174,8 +169,8 @@ def _untrained(comparison: Comparison) -> tuple[str, str]:
         limit = f" Here an AUC up to {0.5 + samples.chance:.4f} counts as random: 0.5 plus {samples.chance_words}."
     return " ".join(sentences), (
         f"Random predictions have an AUC of 0.5 on average.{limit} Look at the training log loss of "
-        f"{joined(found, 'and')} in the report: if it stays above that of the click rate alone, train longer or with "
-        "higher learning rates; if it rises or jumps, with lower ones."
+        f"{joined(found, 'and')} in the report, under 'Accuracy and log loss while training': if it stays above that "
+        "of the click rate alone, train longer or with higher learning rates; if it rises or jumps, with lower ones."
     )
 
 
@@ -234,15 +229,15 @@ def _why_undecided(comparison: Comparison, undecided: Sequence[Pair]) -> str:
         verdicts = sum(not pair.single for pair in comparison.pairs)
         over = f"The {leads} of {name} over {_listed(excluding)}"
         said.append(f"{over} {intervals} above 0, but {of} {verdicts} comparisons.")
-    text = " ".join(said)
-    if still_improving(comparison):
-        # A longer training comes before more seeds and test samples.
-        return text
-    if undecided[0].difference.mostly_seeds:
-        return f"{text} Most of the uncertainty comes from the seeds. {_more_seeds(comparison, ranked(comparison))}"
+    share, text = undecided[0].difference.seed_share, " ".join(said)
+    if share > 0.5:
+        return (
+            f"{text} {share:.0%} of the uncertainty comes from the seeds. {_more_seeds(comparison, ranked(comparison))}"
+        )
+    samples = len(comparison.scores[comparison.runs[0].name].samples.labels)
     return (
-        f"{text} Most of the uncertainty comes from the test samples: a larger {comparison.split} split makes it "
-        "smaller; more seeds hardly do."
+        f"{text} {1 - share:.0%} of the uncertainty comes from the {samples:,} {comparison.split} samples: a larger "
+        f"{comparison.split} split helps more than more seeds."
     )
 
 
@@ -280,20 +275,21 @@ def _more_seeds(comparison: Comparison, arms: Sequence[Arm]) -> str:
 
 def _by_log_loss(comparison: Comparison, first: Arm, second: Arm) -> str:
     """Return what the log loss says of all configurations; empty without a verdict on the first two."""
-    near = pair_of(comparison, first, second, "log_loss")
+    near, by_auc = (pair_of(comparison, first, second, metric) for metric in ("log_loss", "auc"))
     if near.single:
         return ""
     others = [pair_of(comparison, first, arm, "log_loss") for arm in ranked(comparison)[1:]]
     level = [({pair.a, pair.b} - {first.name}).pop() for pair in others if not (pair.decided or pair.single)]
     said = [f"{first.name} is not distinguishable from {_listed(level)}"] if level else []
     decided = _decided(comparison, "log_loss", near)
+    agrees = near.winner == first.name if by_auc.decided and near.decided else by_auc.decided == near.decided
     if near.decided:
         interval = near.interval
         lower = distance(Interval(value=-interval.value, low=-interval.high, high=-interval.low))
-        too = " too" * (near.winner == first.name)
+        too = " too" * agrees
         than = f" than {near.loser}" * (len(comparison.arms) > 2)
         said.insert(0, f"{near.winner} is better{than}{too}, lower by {lower}")
-    return f"By log loss {'; '.join([*said, *decided])}."
+    return f"By log loss{', however,' * (not agrees)} {'; '.join([*said, *decided])}."
 
 
 def _unequal(comparison: Comparison) -> str:

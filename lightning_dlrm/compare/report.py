@@ -61,7 +61,6 @@ def write_report(
         overlapping=_overlapping(comparison),
         data=by_data(comparison.arms),
         metric_titles=METRIC_TITLES,
-        optimum=names.OPTIMUM_AUC,
         scores=_summary(comparison),
         costs=_costs(comparison, anatomies, steps),
         steps=steps,
@@ -302,7 +301,7 @@ def arms_table(arms: Sequence[PlannedArm], seeds: Sequence[int]) -> str:
             "what differs:",
             *differ,
             "",
-            f"seeds {', '.join(map(str, seeds))}: {len(arms) * len(seeds)} runs",
+            f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: {len(arms) * len(seeds)} runs",
         ]
     )
 

@@ -97,14 +97,14 @@ class Run:
 
     @property
     def late_rise(self) -> float | None:
-        """How much the best validation AUC so far rose in the second half of the training; None without a validation
-        in the middle third of it."""
+        """How far the best validation AUC of the last quarter of the training is above the best before it; None without
+        a validation in the last quarter, or in the two quarters before it."""
         samples, aucs = self.curve(names.SAMPLES, f"{names.VALIDATION}/auc")
-        total = self.final[names.SAMPLES]
-        nearest = min(range(len(samples)), key=lambda i: abs(samples[i] - total / 2), default=None)
-        if nearest is None or abs(samples[nearest] - total / 2) > total / 6:
+        shares = [count / self.final[names.SAMPLES] for count in samples]
+        late = [auc for share, auc in zip(shares, aucs, strict=True) if share > 0.75]
+        if not late or not any(0.25 < share <= 0.75 for share in shares):
             return None
-        return max(aucs) - max(aucs[: nearest + 1])
+        return max(late) - max(aucs[: -len(late)])
 
     @property
     def fall(self) -> float:
@@ -149,6 +149,13 @@ class Arm:
     def fall(self) -> float:
         """The mean of ``Run.fall``."""
         return float(np.mean([run.fall for run in self.runs]))
+
+    @property
+    def encoding(self) -> str:
+        """How the data were encoded, in words."""
+        # Logs with a schema of their own have no named protocol.
+        protocol = self["protocol"]
+        return "encoded by its own schema" if protocol == "schema" else f"protocol {protocol}"
 
     def median(self, name: str) -> float:
         """Return the median over the runs of a number at their end; NaN if one of them lacks it."""
@@ -318,7 +325,7 @@ def by_data(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
     groups: dict[tuple[str, ...], list[Arm]] = {}
     for arm in arms:
         groups.setdefault((arm["data_fingerprint"], arm["dataset"], arm["protocol"]), []).append(arm)
-    titles = [f"{group[0]['dataset']} (protocol {group[0]['protocol']})" for group in groups.values()]
+    titles = [f"{group[0]['dataset']} ({group[0].encoding})" for group in groups.values()]
     if len(set(titles)) < len(titles):
         titles = [f"{title[:-1]}, fingerprint {key[0][:12]})" for title, key in zip(titles, groups, strict=True)]
     return dict(zip(titles, groups.values(), strict=True))
@@ -329,11 +336,11 @@ def _few(members: Sequence[str]) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Return a value for a table: the name of a class, layers as 512-256, a dash for a missing value."""
+    """Return a value for a table: the name of a class, a list as "512, 256", a dash for a missing value."""
     if value is None or value is False:
         return "-"
     if isinstance(value, list) and value:
-        return "-".join(map(str, value))
+        return ", ".join(map(str, value))
     return value.rpartition(".")[2] if isinstance(value, str) else str(value)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class Samples:
     labels: NDArray[np.int8]
     click_rate: float | None
     """Click rate of the training samples; None if it is not known."""
+    best_auc: float | None
+    """Best reachable AUC; None if it is not known."""
     groups: NDArray[np.int64] | None = None
     """Number of each sample's group: see ``Batch.group``; None without groups."""
 
@@ -152,8 +154,10 @@ def read_samples(run: Run, split: Split, group: str | None = None) -> Samples:
     train = data.schema.splits.get("train")
     clicks, rows = (0, 0) if train is None else (train.positives or 0, train.rows)
     click_rate = clicks / rows if 0 < clicks < rows else None
+    optimum = data.schema.optimum.get(split)
+    samples = Samples(labels=labels, click_rate=click_rate, best_auc=None if optimum is None else optimum.auc)
     if batches[0][1] is None:
-        return Samples(labels=labels, click_rate=click_rate)
+        return samples
     groups: NDArray[np.int64] = torch.cat([number for _, number in batches]).numpy()
     counted = int((~np.isnan(group_aucs(np.zeros(len(labels), np.float32), labels, groups).auc)).sum())
     if counted < 2:
@@ -161,7 +165,7 @@ def read_samples(run: Run, split: Split, group: str | None = None) -> Samples:
             f"{counted} of the groups of {data.group} in the {split} split of {data.folder} have both labels, but an "
             "AUC by group needs two: group by another column"
         )
-    return Samples(labels=labels, click_rate=click_rate, groups=groups)
+    return replace(samples, groups=groups)
 
 
 def read_scores(folder: Path, samples: Samples) -> Scores:

@@ -89,11 +89,13 @@ class Difference:
     """Whether the seeds were taken in pairs."""
 
     @property
-    def mostly_seeds(self) -> bool:
-        """Whether the seeds contribute more to the width of the interval than the test samples."""
-        return _reach(SIGNIFICANCE, self.seed_variance, 0.0, self.degrees_of_freedom) > _reach(
-            SIGNIFICANCE, 0.0, self.sample_variance, np.inf
+    def seed_share(self) -> float:
+        """Share of the squared width of the interval that comes from the seeds; the test samples have the rest."""
+        seeds, both = (
+            _reach(SIGNIFICANCE, self.seed_variance, samples, self.degrees_of_freedom) ** 2
+            for samples in (0.0, self.sample_variance)
         )
+        return seeds / both if both else 0.0
 
 
 def components(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_dlrm.compare.results import Comparison, pair_of, ranked
+from lightning_dlrm.compare.runs import Arm
 from lightning_dlrm.contracts.errors import joined
 from lightning_dlrm.tracking import names
 
@@ -11,12 +12,12 @@ _FEW_STEPS = 1000
 """Steps from which on a training is not called too short: one epoch of a larger log, where an AUC rises because more
 samples are seen, and rises in all configurations."""
 _LATE_RISE = 0.01
-"""Smallest rise of a validation AUC in the second half of a training that calls the training too short."""
+"""Smallest ``late_rise`` that calls a training too short."""
 _LATE_SHARE = 0.25
 """Smallest share of the distance to the first configuration for the same: a smaller rise does not change the order."""
 _FALL = 0.01
 """Smallest fall of a validation AUC from the best validation to the last that is mentioned."""
-_LONGER = 5
+_LONGER = 3
 """Factor of the longer training that is advised."""
 
 
@@ -26,7 +27,7 @@ class Improving:
 
     arm: str
     rise: float
-    """Rise of its validation AUC in the second half of the training, the mean over its runs."""
+    """Its ``late_rise``."""
     behind: float
     """Distance of its AUC from that of the first configuration; 0 for the first."""
 
@@ -35,8 +36,8 @@ def still_improving(comparison: Comparison) -> list[Improving]:
     """Return the configurations of few steps that were still improving by a large part of their distance to the first,
     so that a longer training may change the order. The first is one of them if it was improving too, and another was or
     the second is not surely behind."""
-    arms = [arm for arm in ranked(comparison) if len(comparison.random_runs(arm)) < len(arm.runs)]
-    if comparison.warnings or len(arms) < 2:
+    arms = _trained(comparison)
+    if len(arms) < 2:
         return []
     first, *others = arms
     pairs = [pair_of(comparison, first, arm) for arm in others]
@@ -52,11 +53,18 @@ def still_improving(comparison: Comparison) -> list[Improving]:
     return [] if [one.arm for one in found] == [first.name] and pairs[0].interval.low > 0 else found
 
 
+def _trained(comparison: Comparison) -> list[Arm]:
+    """Return the ranked configurations with a run that trained; empty if their data differ."""
+    arms = [] if comparison.warnings else ranked(comparison)
+    return [arm for arm in arms if len(comparison.random_runs(arm)) < len(arm.runs)]
+
+
 def improving_words(comparison: Comparison) -> tuple[str, str]:
-    """Return which configurations were still improving, and what that means; empty if none was."""
+    """Return which configurations were still improving, and what that means, or that it is not known; empty if none
+    was."""
     found = still_improving(comparison)
     if not found:
-        return "", ""
+        return "", _unknown(_trained(comparison))
     arms = [arm for arm in comparison.arms if arm.name in {one.arm for one in found}]
     listed = joined([one.arm for one in found], "and")
     if len(found) == len(comparison.arms):
@@ -65,13 +73,28 @@ def improving_words(comparison: Comparison) -> tuple[str, str]:
     places = [f"{one.behind:.3f} behind" if one.behind else "the first" for one in found]
     rises = joined([f"{one.rise:.3f} for {one.arm} ({of})" for one, of in zip(found, places, strict=True)], "and")
     # Either may end a training, so that both have to grow.
-    bounds = {key: max(arm.settings.get(key) or -1 for arm in arms) for key in ("trainer.max_steps", "trainer.max_epochs")}
+    bounds = {
+        key: max(arm.settings.get(key) or -1 for arm in arms) for key in ("trainer.max_steps", "trainer.max_epochs")
+    }
     longer = [f"--{key} {_LONGER * bound}" for key, bound in bounds.items() if bound > 0]
     how = f", such as with {' '.join(longer)}" if longer else ""
     where = f"{' and' if how else ', with'} another --output" if comparison.experiment else ""
     return f"But {listed} {was} still improving when {its} training ended.", (
-        f"In the second half of the training the validation AUC rose by {rises}. Before you trust this ranking, train "
+        f"In the last part of the training the validation AUC rose by {rises}. Before you trust this ranking, train "
         f"all configurations longer{how}{where}."
+    )
+
+
+def _unknown(arms: Sequence[Arm]) -> str:
+    """Return that too few validations show whether configurations of few steps were still improving, and what adds one;
+    empty if there are enough, or a single configuration."""
+    steps = [arm.span(names.STEP)[1] for arm in arms if arm.late_rise is None]
+    if len(arms) < 2 or not steps or max(steps) >= _FEW_STEPS:
+        return ""
+    middle = max(1, int(min(steps)) // 2)
+    return (
+        "Whether a configuration was still improving is not known without a validation in the middle of the training, "
+        f"such as with --trainer.val_check_interval {middle}."
     )
 
 

@@ -44,11 +44,11 @@ from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, p
 from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.options import make_parser
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, scored_share, trained_samples
-from lightning_dlrm.compare.ranking import answer, distance, is_figure5, title_of
-from lightning_dlrm.compare.results import Comparison, compare
+from lightning_dlrm.compare.ranking import answer, distance, is_figure5, title_of, with_spread
+from lightning_dlrm.compare.results import Comparison, compare, ranked
 from lightning_dlrm.compare.runs import Arm, arms_of, data_differences, format_value, read_run, settings_of
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_samples
-from lightning_dlrm.compare.statistics import Interval
+from lightning_dlrm.compare.statistics import Interval, Verdict
 from lightning_dlrm.compare.training_length import fallen, still_improving
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column
@@ -227,6 +227,8 @@ def test_a_dry_run_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     Path("over.yaml").write_text("{trainer: {max_steps: 3}}")
     assert main(["compare", "--config", "tiny.yaml", "--config", "over.yaml", "--output", "out", "--dry-run"]) == 0
     assert "seeds 1, 2: 4 runs" in capsys.readouterr().out
+    assert main(["compare", "--config", "tiny.yaml", "--output", "out", "--seeds", "1", "--dry-run"]) == 0
+    assert "seed 1: 2 runs" in capsys.readouterr().out
     paths = [leave_run(arm, 1, Path("kept"), 1.0) for arm in plain_arms()]
     scored = ["--output", "kept", "--dry-run"]
     assert main(["compare", *map(str, paths), *scored]) == 0
@@ -358,6 +360,63 @@ def test_finished_runs_give_a_report(monkeypatch: pytest.MonkeyPatch, capsys: py
         r'data-name="verdict">worse \(p (0\.\d{4}|&lt;0\.0001)\)</td>', html
     )
     assert "Two means can lie closer" not in html
+    best = data.schema.optimum["test"].auc
+    assert (
+        f"Demo data: generated clicks of a planted model, whose best reachable AUC on the test split is {best:.4f}"
+        in (" ".join(html.split()))
+    )
+
+
+def test_numbers_have_few_decimals_however_equal_the_seeds_are() -> None:
+    comparison = after(STAYS, STAYS)
+    for spread, shown in (
+        (0.0, "0.52881 (below 0.00001)"),
+        (2e-6, "0.52881 (below 0.00001)"),
+        (3e-4, "0.52881 (0.00030)"),
+    ):
+        scores = {
+            run.name: dataclasses.replace(
+                comparison.scores[run.name],
+                metrics={**comparison.scores[run.name].metrics, "auc": 0.52881 + spread * (run.seed - 2)},
+            )
+            for run in comparison.runs
+        }
+        found = dataclasses.replace(comparison, scores=scores)
+        assert with_spread(found, "auc") == [shown, shown, "0.50000"]
+    assert with_spread(found, "auc", 3) == ["0.529 (below 0.001)"] * 2 + ["0.500"]
+
+
+def test_the_log_loss_agrees_with_the_auc_or_not() -> None:
+    comparison = after(STAYS, STAYS)
+    auc, log_loss = comparison.pairs
+
+    def said(by_auc: Verdict, by_log_loss: Verdict, sign: float = 1.0) -> str:
+        """The sentence on the log loss if the first is the winner by AUC, with or without a verdict."""
+        interval = Interval(value=-0.02 * sign, low=-0.03 * sign, high=-0.01 * sign)
+        pairs = [
+            dataclasses.replace(auc, verdict=by_auc, difference=dataclasses.replace(auc.difference, interval=above)),
+            dataclasses.replace(
+                log_loss, verdict=by_log_loss, difference=dataclasses.replace(log_loss.difference, interval=interval)
+            ),
+        ]
+        text = answer(dataclasses.replace(comparison, pairs=pairs))[1]
+        (found,) = re.findall(r"By log loss[^.]*", text)
+        return found
+
+    above = Interval(value=0.02, low=0.01, high=0.03)
+    first, second = (arm.name for arm in ranked(comparison))
+    if auc.a != first:
+        above = Interval(value=-0.02, low=-0.03, high=-0.01)
+    win: Verdict = "a_better" if auc.a == first else "b_better"
+    sign = 1.0 if log_loss.a == first else -1.0
+    other: Verdict = "b_better" if win == "a_better" else "a_better"
+    assert said(win, win, sign).startswith(f"By log loss {first} is better too, lower by ")
+    assert said("not_distinguishable", win, sign).startswith(f"By log loss, however, {first} is better, lower by ")
+    assert said(win, other, -sign).startswith(f"By log loss, however, {second} is better, lower by ")
+    for by_auc, however in ((win, ", however,"), ("not_distinguishable", "")):
+        assert (
+            said(by_auc, "not_distinguishable") == f"By log loss{however} {first} is not distinguishable from {second}"
+        )
 
 
 def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -400,7 +459,9 @@ def test_a_configuration_that_did_not_train_is_no_side_of_a_comparison(
             + r"Random predictions have an AUC of 0\.5 on average\. Here an AUC up to 0\.5\d{3} counts as random: ",
             text,
         )
-        assert "Look at the training log loss of DCN in the report" in text and "wins" not in text
+        assert "Look at the training log loss of DCN in the report, under" in text and "wins" not in text
+    assert "under 'Accuracy and log loss while training':" in document["answer"]
+    assert "<summary>Accuracy and log loss while training</summary>" in html
     assert html.count(">click rate alone</td>") == 2 and said.count("\nclick rate alone ") == 1
     assert 'data-name="verdict">did not train</td>' in html
     assert "<strong>DLRM and DCN by AUC: no verdict: DCN did not train</strong>: DLRM minus DCN +0." in html
@@ -472,11 +533,13 @@ def test_a_configuration_that_was_still_improving_is_named(
     for text in (said, html, document["answer"]):
         assert "But DCN was still improving when its training ended." in text and "DLRM wins" in text
     assert re.search(
-        r"In the second half of the training the validation AUC rose by 0\.150 for DCN \(0\.\d{3} behind\)\. "
+        r"In the last part of the training the validation AUC rose by 0\.150 for DCN \(0\.\d{3} behind\)\. "
         r"Before you trust this ranking, train all configurations longer, such as with "
-        r"--trainer\.max_epochs 5\.",
+        r"--trainer\.max_epochs 3\.",
         document["answer"],
     )
+    # An option is not broken at its hyphens.
+    assert '<span class="whole">--trainer.max_epochs</span> 3.' in html
     assert [(one["arm"], one["rise"]) for one in document["still_improving"]] == [("DCN", pytest.approx(0.15))]
     assert re.search(r'data-name="verdict">worse \(p [^<]*\); still improving</td>', html)
 
@@ -522,7 +585,7 @@ def after(dlrm: dict[int, float], dcn: dict[int, float], lead: float = 1.0, step
     return compare(arms_of(runs), scores, title="t", split="test")
 
 
-STAYS, RISES, FALLS = {1: 0.7}, {1: 0.6, 6: 0.65}, {1: 0.6, 3: 0.72, 7: 0.70}
+STAYS, RISES, FALLS = {1: 0.7}, {1: 0.6, 9: 0.65}, {1: 0.6, 3: 0.72, 7: 0.70}
 
 
 @pytest.mark.parametrize(
@@ -531,11 +594,13 @@ STAYS, RISES, FALLS = {1: 0.7}, {1: 0.6, 6: 0.65}, {1: 0.6, 3: 0.72, 7: 0.70}
         (STAYS, RISES, 1.0, ["DCN"], "But DCN was still improving when its training ended."),
         (RISES, STAYS, 1.0, ["DLRM"], "But DLRM was still improving when its training ended."),
         (RISES, RISES, 1.0, ["DLRM", "DCN"], "But both configurations were still improving when their training ended."),
-        (RISES, {1: 0.5, 6: 0.65}, 2.0, ["DLRM", "DCN"], "But both configurations were still improving when their"),
+        (RISES, {1: 0.5, 9: 0.65}, 2.0, ["DLRM", "DCN"], "But both configurations were still improving when their"),
         # Of a sure winner that was improving, a longer training makes the lead larger.
         (RISES, STAYS, 2.0, [], "wins"),
-        (STAYS, STAYS, 1.0, [], "Most of the uncertainty comes from"),
-        (FALLS, {1: 0.6, 8: 0.72, 10: 0.70}, 1.0, [], "Most of the uncertainty comes from"),
+        (STAYS, STAYS, 1.0, [], "% of the uncertainty comes from"),
+        # A rise before the last quarter is over.
+        (STAYS, {1: 0.6, 7: 0.65, 10: 0.653}, 1.0, [], "% of the uncertainty comes from"),
+        (FALLS, {1: 0.6, 8: 0.72, 10: 0.70}, 1.0, [], "% of the uncertainty comes from"),
     ],
 )
 def test_a_longer_training_is_advised_before_more_seeds_and_test_samples(
@@ -546,8 +611,8 @@ def test_a_longer_training_is_advised_before_more_seeds_and_test_samples(
     head, more = answer(comparison)
     assert words in f"{head} {more}"
     assert ("Before you trust this ranking, train all configurations longer" in more) == bool(named)
-    if named:
-        assert "Most of the uncertainty" not in more
+    if named and lead == 1.0:
+        assert more.index("longer") < more.index("% of the uncertainty comes from")
     assert not still_improving(after_steps(comparison, 2_048))
 
 
@@ -585,13 +650,47 @@ def test_a_small_fall_is_not_mentioned(dcn: dict[int, float]) -> None:
     assert not fallen(comparison) and "overfitting" not in answer(comparison)[1]
 
 
-def test_the_second_half_needs_a_validation_near_the_middle_of_the_training() -> None:
+def test_a_late_rise_is_that_of_the_last_quarter_of_the_training() -> None:
     dlrm, _ = plain_arms()
-    run = read_run(rising(leave_run(dlrm, 1, Path("out"), 2.0), 0.55, 0.7))
-    assert run.late_rise == pytest.approx(0.15)
-    for steps, rise in (((2, 7, 10), None), ((2, 6, 10), 0.15), ((10,), None), ((), None)):
-        found = dataclasses.replace(run, history=[line for line in run.history if line["step"] in steps])
-        assert found.late_rise == (rise and pytest.approx(rise))
+    run = read_run(leave_run(dlrm, 1, Path("out"), 2.0))
+    for aucs, rise in (
+        ({5: 0.6, 10: 0.7}, 0.1),
+        # After the middle and the end of an epoch of odd steps, one more step tells nothing.
+        ({4: 0.6, 9: 0.7, 10: 0.7}, 0.1),
+        ({3: 0.5, 6: 0.69, 10: 0.7}, 0.01),
+        ({2: 0.5, 5: 0.69, 7: 0.68, 10: 0.7}, 0.01),
+        ({2: 0.7121, 5: 0.7141, 8: 0.7151, 10: 0.7151}, 0.001),
+        ({2: 0.5, 10: 0.7}, None),
+        ({5: 0.5, 7: 0.7}, None),
+        ({10: 0.7}, None),
+        ({}, None),
+    ):
+        history = [{"samples": 200 * step, "validation/auc": auc} for step, auc in aucs.items()]
+        assert dataclasses.replace(run, history=history).late_rise == (rise and pytest.approx(rise))
+
+
+def test_runs_of_few_steps_say_if_one_validation_cannot_show_whether_they_were_still_improving() -> None:
+    comparison = after(STAYS, STAYS)
+    one = dataclasses.replace(
+        comparison,
+        arms=[
+            dataclasses.replace(arm, runs=[dataclasses.replace(run, history=run.history[-1:]) for run in arm.runs])
+            for arm in comparison.arms
+        ],
+    )
+    said = (
+        "Whether a configuration was still improving is not known without a validation in the middle of the training, "
+        "such as with --trainer.val_check_interval 5."
+    )
+    assert said in answer(one)[1] and said not in answer(comparison)[1]
+    assert "still improving" not in " ".join(answer(after_steps(one, 2_048)))
+
+
+def test_a_longer_training_grows_by_all_its_bounds() -> None:
+    comparison = after(STAYS, RISES)
+    for run in (run for arm in comparison.arms for run in arm.runs):
+        run.settings["trainer.max_steps"] = 60
+    assert "longer, such as with --trainer.max_steps 180 --trainer.max_epochs 3. " in answer(comparison)[1]
 
 
 def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
@@ -670,6 +769,7 @@ def test_auc_by_group_is_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         r"^AUC by group .*\n.*  not distinguishable$", said, re.MULTILINE
     )
     assert of_groups["low"] < of_groups["difference"] < of_groups["high"]
+    assert "Data: own, protocol own, fingerprint" in html
     assert "<h1>DLRM and DCN, generated own data (protocol own)</h1>" in html and "split: generated clicks" in said
     (header,) = (line for line in said.splitlines() if "accuracy  AUC by group" in line)
     assert len(header) < 80
@@ -776,9 +876,6 @@ def test_other_data_are_refused_unless_forced(
     assert "used different data (data.init_args.demo.test_rows: 400, 300), so" in error
     assert not Path("out/report.json").exists()
 
-    summary = json.loads((runs[0] / "summary.json").read_text())
-    summary["final"][names.OPTIMUM_AUC] = 0.8123
-    (runs[0] / "summary.json").write_text(json.dumps(summary))
     titles: dict[str, str] = {}
 
     def save(figure: Figure, path: Path, **options: Any) -> None:
@@ -797,8 +894,13 @@ def test_other_data_are_refused_unless_forced(
         assert f"400 of {one} for DLRM; 300 of {two} for DCN" in text
         assert "AUC of DLRM and of DCN, each on its own data," in text and "they share no sample" in text
         assert "is better than" not in text
-    # One run's summary knows the planted model's score, the other's does not.
-    assert html.count("is demo data: generated clicks") == 1 and f"{one} is demo data" in html and "0.8123" in html
+    # Of the split that is scored, each of its own data.
+    for title, run in ((one, runs[0]), (two, runs[2])):
+        (samples,) = shared_samples([read_run(run)], "test").values()
+        best = (
+            f"{title} is demo data: generated clicks of a planted model, whose best reachable AUC on the test split is"
+        )
+        assert f"{best} {samples.best_auc:.4f}." in html
     assert len(titles) >= 8 and all("WARNING: different data" in title for title in titles.values()), titles
     pairs = json.loads(Path("out/report.json").read_text())["pairs"]
     assert all("2 and 2 seeds" in pair["reason"] for pair in pairs), "other samples cannot be taken in pairs"
@@ -867,7 +969,7 @@ def test_runs_are_grouped_by_configuration_whatever_their_seed() -> None:
 
 def test_a_setting_of_0_is_a_number_in_tables() -> None:
     values = [0, 0.0, None, False, True, [512, 256], "models.DLRM"]
-    assert [format_value(value) for value in values] == ["0", "0.0", "-", "-", "True", "512-256", "DLRM"]
+    assert [format_value(value) for value in values] == ["0", "0.0", "-", "-", "True", "512, 256", "DLRM"]
 
 
 @pytest.mark.parametrize(
@@ -930,12 +1032,15 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
         r"\(95% interval [^)]*\), 2 seeds each\.",
         head,
     )
-    assert (
-        "has an interval above 0, but the two are not distinguishable after adjustment for 2 comparisons. "
-        "Most of the uncertainty comes from the "
-    ) in more
+    assert ("has an interval above 0, but the two are not distinguishable after adjustment for 2 comparisons. ") in more
     # What gives a verdict depends on where the uncertainty comes from.
-    for seeds, remedy in ((1.0, "the seeds. Train D"), (0.0, "the test samples: a larger test")):
+    for seeds, remedy in (
+        (1.0, "of the uncertainty comes from the seeds. Train D"),
+        (
+            0.0,
+            " 100% of the uncertainty comes from the 400 test samples: a larger test split helps more than more seeds.",
+        ),
+    ):
         differences = [dataclasses.replace(p.difference, seed_variance=seeds, sample_variance=0.5) for p in pairs]
         both = [dataclasses.replace(p, difference=d) for p, d in zip(pairs, differences, strict=True)]
         assert remedy in answer(dataclasses.replace(comparison, pairs=both))[1]
@@ -1132,7 +1237,9 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
     whole = dataclasses.replace(other, tables={f"T{k}": 9 for k in range(10)})
     pictures = draw_all(comparison, {"DLRM": small, "DCN": whole}, NO_STEPS, Path("figures"))
     caption = {picture.name: picture.caption for picture in pictures}["parameters"]
-    assert "the 10 largest of 11 tables; DLRM: 1 table, 1 parameter, all smaller than these; below" in caption
+    assert (
+        "the 10 largest of 11 tables; DLRM: 1 table with 1 parameter in all, all smaller than these; below" in caption
+    )
     legend = drawn["parameters"].axes[0].get_legend()
     assert legend is not None and [text.get_text().split(":")[0] for text in legend.get_texts()] == ["DCN"]
 

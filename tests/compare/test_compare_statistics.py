@@ -79,6 +79,7 @@ def test_where_only_seeds_vary_the_interval_is_students_and_welchs() -> None:
     paired = difference(constant(a), constant(b), paired=True)
     expected = stats.ttest_rel(a, b).confidence_interval(0.95)
     assert (paired.interval.low, paired.interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert paired.seed_share == pytest.approx(1) and difference(constant(a), constant(a), paired=True).seed_share == 0
     welch = difference(constant(a), constant(b[:3]), paired=False)
     result = stats.ttest_ind(a, b[:3], equal_var=False)
     expected = result.confidence_interval(0.95)
@@ -100,6 +101,9 @@ def test_the_samples_part_is_the_covariance_of_different_seeds() -> None:
     paired = np.mean([np.cov(d[i], d[j])[0, 1] for i, j in itertools.permutations(range(seeds), 2)])
     found = difference(*as_runs, paired=True)
     assert found.sample_variance == pytest.approx(paired / samples, rel=1e-9)
+    of_seeds = stats.t.ppf(0.975, seeds - 1) ** 2 * found.seed_variance
+    reach = found.interval.high - found.interval.value
+    assert found.seed_share == pytest.approx(of_seeds / reach**2, rel=1e-6)
     own = [np.mean([np.cov(x[i], x[j])[0, 1] for i, j in itertools.permutations(range(seeds), 2)]) for x in (a, b)]
     across = np.mean([np.cov(x, y)[0, 1] for x in a for y in b])
     found = difference(*as_runs, paired=False)
