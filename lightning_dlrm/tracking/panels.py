@@ -32,7 +32,7 @@ _WORDS = {
     "quality": "How well the runs predict the clicks of the validation rows. Higher is better for AUC and accuracy, "
     "lower for log loss and normalized entropy; calibration is best at 1.",
     "training": "Loss and scores on the training rows. The loss of a stable training falls; if it rises, try a "
-    f"lower learning rate. AUC, log loss and accuracy are of all samples so far, up to the last "
+    "lower learning rate. AUC, log loss and accuracy are of all samples so far, up to the last "
     f"{names.WINDOW_SAMPLES:,}, each scored before the update of its own step.",
     "norms": "Sizes of gradients and table rows. A norm that keeps growing is a sign that training diverges. Logged by "
     "runs with --log_norms true only.",
