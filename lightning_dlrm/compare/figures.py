@@ -394,7 +394,7 @@ class _ResultDrawing(Drawing):
             + (
                 "; "
                 if self.comparison.one_seed
-                else ". Each sample has the mean probability of the seeds, so errors of single seeds in opposite "
+                else " of each seed. A mark is the mean of a group over the seeds, so errors of seeds in opposite "
                 "directions cancel here; "
             )
             + "bars are Wilson's 95% intervals. On the grey line clicks are as frequent as predicted; below it there "

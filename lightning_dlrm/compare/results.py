@@ -151,10 +151,10 @@ class Comparison:
 
     @cached_property
     def reliability(self) -> dict[str, Reliability]:
-        """Configuration -> reliability of the mean prediction of its runs for each sample."""
+        """Configuration -> reliability of the predictions of its runs."""
         return {
             arm.name: reliability(
-                np.mean([self.scores[run.name].probabilities for run in arm.runs], axis=0, dtype=np.float64),
+                [self.scores[run.name].probabilities for run in arm.runs],
                 self.scores[arm.runs[0].name].samples.labels,
             )
             for arm in self.arms

@@ -275,7 +275,7 @@ class Reliability:
     """Share of clicks in groups of equal size, by predicted probability."""
 
     predicted: NDArray[np.float64]
-    """Mean probability of each group."""
+    """Mean probability of each group, the mean over the runs; so is ``clicked``."""
     clicked: NDArray[np.float64]
     """Share of clicks of each group."""
     low: NDArray[np.float64]
@@ -283,22 +283,34 @@ class Reliability:
     high: NDArray[np.float64]
 
 
-def reliability(probabilities_N: NDArray[np.floating], labels_N: NDArray[np.integer], groups: int = 20) -> Reliability:
-    """Return the reliability of predictions, with the samples sorted by probability and cut into groups.
+def reliability(runs: Sequence[NDArray[np.floating]], labels_N: NDArray[np.integer], groups: int = 20) -> Reliability:
+    """Return the reliability of the predictions of runs.
 
-    Each sample counts once, because Wilson's interval takes clicks as independent: of several runs, give the mean
-    probabilities.
+    The samples are sorted by each run's own probabilities and cut into groups; each group is then the mean of that of
+    all runs. The mean probability of runs would not do: it is less extreme than the probabilities of each run, so that
+    it looks wrong where each run is right.
+
+    Args:
+        runs: probabilities [N] of each run.
+        labels_N: labels, shape [N].
+        groups: number of groups.
     """
-    order = np.argsort(probabilities_N, kind="stable")
-    parts = [part for part in np.array_split(order, groups) if len(part)]
-    clicks = [int(np.sum(labels_N[part] > 0)) for part in parts]
-    intervals = [
-        stats.binomtest(count, len(part)).proportion_ci(LEVEL, "wilson")
-        for count, part in zip(clicks, parts, strict=True)
-    ]
-    return Reliability(
-        predicted=np.array([float(np.mean(probabilities_N[part], dtype=np.float64)) for part in parts]),
-        clicked=np.array([count / len(part) for count, part in zip(clicks, parts, strict=True)]),
-        low=np.array([float(interval.low) for interval in intervals]),
-        high=np.array([float(interval.high) for interval in intervals]),
-    )
+    predicted, clicked, places = [], [], []
+    for probabilities_N in runs:
+        parts = [part for part in np.array_split(np.argsort(probabilities_N, kind="stable"), groups) if len(part)]
+        predicted.append([float(np.mean(probabilities_N[part], dtype=np.float64)) for part in parts])
+        clicked.append([float(np.mean(labels_N[part] > 0)) for part in parts])
+        place_N = np.empty(len(labels_N), np.int16)
+        for number, part in enumerate(parts):
+            place_N[part] = number
+        places.append(place_N)
+    share, sizes = np.mean(clicked, axis=0), np.array([len(part) for part in parts])
+    # Samples that several runs have in a group count once; the others add to the number of independent clicks.
+    shared = np.mean([np.bincount(a[a == b], minlength=len(parts)) for a in places for b in places], axis=0)
+    independent = sizes**2 / shared
+    # Wilson's interval (1927).
+    z = stats.norm.ppf((1 + LEVEL) / 2)
+    middle = share + z**2 / (2 * independent)
+    reach = z * np.sqrt(share * (1 - share) / independent + (z / (2 * independent)) ** 2)
+    low, high = ((middle + side * reach) / (1 + z**2 / independent) for side in (-1, 1))
+    return Reliability(predicted=np.mean(predicted, axis=0), clicked=share, low=low, high=high)

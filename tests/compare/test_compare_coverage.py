@@ -99,9 +99,9 @@ def calibration_coverage(seeds: int, sets: range) -> float:
         truth = 1 / (1 + np.exp(-random.normal(-1.2, 1.0, 4000)))
         labels = (random.random(4000) < truth).astype(np.int8)
         runs = [np.clip(truth + random.normal(0, 0.01, 4000), 0.001, 0.999) for _ in range(seeds)]
-        mean = np.mean(runs, axis=0)
-        found = reliability(mean, labels)
-        expected = [part.mean() for part in np.array_split(truth[np.argsort(mean, kind="stable")], 20)]
+        found = reliability(runs, labels)
+        sorted_by_run = [truth[np.argsort(run, kind="stable")] for run in runs]
+        expected = np.mean([[part.mean() for part in np.array_split(of, 20)] for of in sorted_by_run], axis=0)
         held += ((found.low <= expected) & (expected <= found.high)).tolist()
     return float(np.mean(held))
 

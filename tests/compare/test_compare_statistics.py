@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.special import expit
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss, roc_auc_score
 
@@ -218,10 +219,30 @@ def test_every_score_is_the_mean_of_its_components(metric: Any) -> None:
     assert variance == pytest.approx(np.var(resampled), rel=0.2)
 
 
+def test_runs_that_are_calibrated_are_shown_as_calibrated() -> None:
+    """Each run knows another part of what decides a click, so that their mean prediction is too near the middle."""
+    random, (nodes, weights) = np.random.default_rng(2), np.polynomial.hermite_e.hermegauss(41)
+    parts = random.normal(0, 1, (4, 200_000))
+    labels = (random.random(200_000) < expit(parts.sum(axis=0) - 1.2)).astype(np.int8)
+    # The expected click rate, given one of the four parts.
+    runs = [expit(part[:, None] - 1.2 + 3**0.5 * nodes) @ weights / weights.sum() for part in parts]
+    found, of_mean = reliability(runs, labels), reliability([np.mean(runs, axis=0)], labels)
+    assert np.mean((found.low <= found.predicted) & (found.predicted <= found.high)) >= 0.9
+    assert np.mean((of_mean.low <= of_mean.predicted) & (of_mean.predicted <= of_mean.high)) < 0.5
+
+
+def test_wilsons_interval_is_that_of_scipy() -> None:
+    labels, _ = clicks(1000)
+    found = reliability([np.arange(1000.0)], labels, groups=7)
+    for number, part in enumerate(np.array_split(labels, 7)):
+        interval = stats.binomtest(int((part > 0).sum()), len(part)).proportion_ci(0.95, "wilson")
+        assert (found.low[number], found.high[number]) == pytest.approx((interval.low, interval.high), abs=1e-12)
+
+
 def test_reliability_is_that_of_scikit_learn() -> None:
     labels, _ = clicks(1000)
     probabilities = np.random.default_rng(5).random(1000).astype(np.float32)
-    found = reliability(probabilities, labels, groups=10)
+    found = reliability([probabilities], labels, groups=10)
     shares, predicted = calibration_curve(labels, probabilities.astype(float), n_bins=10, strategy="quantile")
     np.testing.assert_allclose(found.predicted, predicted, atol=2e-3)
     np.testing.assert_allclose(found.clicked, shares, atol=2e-2)
