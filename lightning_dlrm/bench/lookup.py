@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         Measurement.of_rounds(
             of_rounds,
             work="lookup",
-            case=f"{args.tables} x {args.rows:,} x {args.width}, batch {args.batch_size:,}, {precision}, {device}",
+            case=f"{args.tables} tables of {args.rows:,} x {args.width}, batch {args.batch_size:,}, "
+            f"{precision}, {device}",
             implementation=name,
             device=args.device,
             precision=precision,

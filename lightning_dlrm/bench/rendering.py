@@ -75,12 +75,8 @@ def headline(rows: Sequence[Measurement]) -> list[str]:
     for row in compared[:_MOST_RESULTS]:
         whole = [_words(row, name) for name in _TIMES if name.endswith("_for_1000") and name in row.extra]
         time = whole[0] if whole else f"{duration(row.median_s)} for {row.samples:,} samples"
-        sure = [_comparison(row, name) for name in _RATIOS if name in row.extra and _is_sure(row, name)]
-        rounds = row.spread_s or any(_range(row, name) for name in _RATIOS)
-        why = "the rounds differ too much" if rounds else "one round does not show how sure it is"
-        lines.append(
-            f"{row.case}: {_name(row)} takes {time}{', ' if sure else '; '}{', '.join(sure) or f'no ratio: {why}'}"
-        )
+        ratios = [_comparison(row, name) for name in _RATIOS if name in row.extra]
+        lines.append(f"{row.case}: {_name(row)} takes {', '.join([time, *ratios])}")
     measured = [row for row in rows if row.shown and not row.error and row.median_s]
     uncertain = [row for row in measured if row.spread_s / row.median_s > _LARGE_SPREAD]
     if uncertain:
@@ -197,11 +193,13 @@ def _comparison(row: Measurement, name: str) -> str:
     amount, what = (_share, _SHARES[name]) if name in _SHARES else (_speed, _SPEEDS[name])
     what = what.format(**_others(row.work))
     value, range_ = row.extra[name], _range(row, name)
-    ratio, words = amount(value, value)
     if range_ is None:
-        return f"{ratio} {words} {what} (uncertain: one round)"
-    uncertain = "" if _is_sure(row, name) else "uncertain: "
-    return f"{ratio} {words} {what} ({uncertain}rounds: {amount(*range_)[0]})"
+        ratio, words = amount(value, value)
+        return f"{ratio} {words} {what}" + " (uncertain: one round)" * (not row.spread_s)
+    # In the direction in which the range is told: it may reach from slower to faster.
+    (rounds, words), is_slower = amount(*range_), range_[1] < 1
+    ratio = amount(value, value)[0] if is_slower or amount is _share else _three_digits(value)
+    return f"{ratio} {words} {what} ({'' if _is_sure(row, name) else 'uncertain: '}rounds: {rounds})"
 
 
 def _share(low: float, high: float) -> tuple[str, str]:
@@ -213,13 +211,11 @@ def _speed(low: float, high: float) -> tuple[str, str]:
     """Return a range of ratios of speeds, or one ratio, and the words that follow it.
 
     >>> _speed(0.8, 1.1), _speed(0.5, 0.8)
-    (('0.8 to 1.1 times its speed', 'as'), ('1.25 to 2', 'times slower than'))
+    (('0.8 to 1.1', 'times as fast as'), ('1.25 to 2', 'times slower than'))
     """
-    least, most = float(f"{low:.3g}"), float(f"{high:.3g}")
-    if least < 1 <= most:
-        return f"{_three_digits(low)} to {_three_digits(high)} times its speed", "as"
-    words = "times slower than" if most < 1 else "times as fast as"
-    ends = sorted((1 / low, 1 / high) if most < 1 else (low, high))
+    is_slower = high < 1
+    words = "times slower than" if is_slower else "times as fast as"
+    ends = (1 / high, 1 / low) if is_slower else (low, high)
     return " to ".join(dict.fromkeys(map(_three_digits, ends))), words
 
 
