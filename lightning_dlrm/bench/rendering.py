@@ -127,7 +127,7 @@ def render(rows: Sequence[Measurement]) -> str:
             text.append(f"    {row.error}")
         elif row.extra:
             shown_names = [name for name in row.extra if not name.endswith(("_low", "_high"))]
-            text.append("    " + ", ".join(_words(row, name) for name in shown_names))
+            text.append("    " + "; ".join(_words(row, name) for name in shown_names))
     return "\n".join(text + _notes(shown))
 
 
