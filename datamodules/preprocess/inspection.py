@@ -36,7 +36,8 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
     read, or in those written if it is counted in them),
     ``most_frequent`` (share of the lookups of the most frequent id), ``most_frequent_is`` (which values this id is
     reserved for, such as ``rare``), ``ids_for_90`` (the smallest number of ids that 90% of the lookups go to) and
-    ``unknown`` (share of the values outside the training split); None if not known. ``note`` names columns of one
+    ``unknown`` (share of the values outside the training split); None if not known. ``reserved_rows`` says which rows
+    missing, rare and unknown values get. ``note`` names columns of one
     value, none, and few bins. ``suspicious`` lists what is unusual about the data. ``split_rule`` says how the rows
     were split, and ``left_out`` lists the columns of a log that its schema leaves out.
 
@@ -95,6 +96,7 @@ def _columns(folder: str | Path | Folder, schema: DatasetSchema, report: _Report
                 "cardinality": column.cardinality,
                 "transform": column.transform,
                 "reserved": dict(column.reserved),
+                "reserved_rows": _reserved_rows(column, report.distinct.get(name)),
                 "missing": share,
                 "most_frequent": skew.most_frequent if skew else None,
                 "most_frequent_is": _reserved_kinds(column, skew, share, report.distinct.get(name)),
@@ -131,6 +133,21 @@ def _reserved_kinds(column: Column, skew: Skew | None, missing: float | None, va
     # Columns without missing values have no row of their own for them.
     kinds = kinds[-1:] if missing == 0 else kinds
     return "/".join(kinds) or None
+
+
+def _reserved_rows(column: Column, values: int | None) -> str:
+    """Return which rows missing, rare and unknown values get, given the number of different values of a column."""
+    kinds_of: dict[int, list[str]] = {}
+    for kind, row in column.reserved.items():
+        kinds_of.setdefault(row, []).append(kind)
+    parts = []
+    for row, kinds in kinds_of.items():
+        if not _is_reserved(row, column.reserved, _has_one_value(column.cardinality, values == 1)):
+            gets = "get the row of the rarest value"
+        else:
+            gets = "share a row" if len(kinds) > 1 else "have a row of their own"
+        parts.append(f"{', '.join(kinds[:-1])}{' and ' * (len(kinds) > 1)}{kinds[-1]} values {gets}")
+    return "; ".join(parts)
 
 
 def _is_reserved(row: int, reserved: Mapping[str, int], has_one_value: bool) -> bool:

@@ -55,10 +55,9 @@ def _files(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     }
     settings = ", ".join(f"{name} {value}" for name, value in of_all.items())
     inputs = ", ".join(f"{name} ({rows:,} rows)" for name, rows in facts["rows_per_file"] or ())
-    reserved = any(column["reserved"] for column in facts["columns"])
     prints = facts["fingerprints"]
     entries = [
-        ("reserved rows", "missing, rare or unknown values have rows of their own in the tables" if reserved else ""),
+        *_by_words("reserved rows", {column["name"]: column["reserved_rows"] for column in facts["columns"]}),
         ("settings", settings),
         ("made from", inputs),
         ("stored as", f"{Folder(facts['folder']) / SCHEMA_FILE}, and {binary_size(facts['bytes'])} of Parquet"),
@@ -82,16 +81,25 @@ def _roles(facts: Mapping[str, Any]) -> str:
 
 def _transforms(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return for each role the transform of its columns, with the columns' names if transforms differ."""
-    columns_of: dict[str, dict[str, list[str]]] = {}
+    of_role: dict[str, dict[str, str]] = {}
     for column in facts["columns"]:
-        if column["transform"]:
-            columns_of.setdefault(column["role"], {}).setdefault(column["transform"], []).append(column["name"])
-    entries = []
-    for role, by_words in columns_of.items():
-        for number, (words, names) in enumerate(by_words.items()):
-            which = f"{_ranges(names)}: " if len(by_words) > 1 or role == "keep" else ""
-            entries.append(("" if number else ROLE_NAMES[role], f"{which}{words}"))
-    return entries
+        of_role.setdefault(column["role"], {})[column["name"]] = column["transform"]
+    return [
+        entry for role, words in of_role.items() for entry in _by_words(ROLE_NAMES[role], words, named=role == "keep")
+    ]
+
+
+def _by_words(title: str, words_of: Mapping[str, str], named: bool = False) -> list[tuple[str, str]]:
+    """Return an entry for each text of some columns, with the columns' names if texts differ or ``named`` is set."""
+    columns: dict[str, list[str]] = {}
+    for name, words in words_of.items():
+        if words:
+            columns.setdefault(words, []).append(name)
+    named = named or len(columns) > 1
+    return [
+        ("" if number else title, f"{_ranges(names)}: {words}" if named else words)
+        for number, (words, names) in enumerate(columns.items())
+    ]
 
 
 def _ranges(names: Sequence[str]) -> str:

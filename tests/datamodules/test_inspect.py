@@ -106,7 +106,7 @@ def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "AUC 0.8125",
         "as it is",
         "label; 1 dense (I1); 2 categorical (C1, C2)",
-        "reserved rows missing, rare or unknown values have rows of their own in the tables",
+        "reserved rows missing values have a row of their own",
         "90%: how many ids, the most frequent ones, 90% of the lookups go to",
         "positive: share of the rows with label 1",
         "missing values of columns without a share of them are not counted",
@@ -137,6 +137,38 @@ def test_long_lists_are_short_for_people(tmp_path: Path, capsys: pytest.CaptureF
     at = lines.index("  categorical   C1..C3: a")
     assert lines[at + 1] == "                C5, C6, X: b"
     assert sum("reserved" in line for line in lines) == 1
+
+
+def test_reserved_rows_are_those_of_the_tables(tmp_path: Path) -> None:
+    own, rarest = "have a row of their own", "get the row of the rarest value"
+    expected = {
+        "a": ((0, 1, 2), f"missing values {own}; rare values {own}; unknown values {own}"),
+        "b": ((0, 1, 1), f"missing values {own}; rare and unknown values share a row"),
+        "c": ((0, 0, 0), "missing, rare and unknown values share a row"),
+        "d": ((501, 501, 501), f"missing, rare and unknown values {rarest}"),
+        "e": ((0, 501, 501), f"missing values {own}; rare and unknown values {rarest}"),
+        "f": ((0, 501, 501), f"missing values {own}; rare and unknown values {rarest}"),
+    }
+    columns = [
+        Column(
+            name=name,
+            role="categorical",
+            cardinality=502,
+            reserved=dict(zip(("missing", "rare", "unknown"), rows, strict=True)),
+        )
+        for name, (rows, _) in expected.items()
+    ]
+    # The value of a table of one value has its last row, 1.
+    columns.append(Column(name="g", role="categorical", cardinality=2, reserved={"missing": 0, "rare": 1}))
+    with DatasetWriter(tmp_path / "data", columns) as writer:
+        writer.write("train", {column.name: np.zeros(3, np.int32) for column in columns})
+        writer.finish(dataset="mine", protocol="own", report={"distinct": {"g": 1}})
+    facts = summary(tmp_path / "data", DatasetSchema.load(tmp_path / "data"))
+    words = {column["name"]: column["reserved_rows"] for column in facts["columns"]}
+    assert words.pop("g") == f"missing values {own}; rare values {rarest}"
+    assert words == {name: said for name, (_, said) in expected.items()}
+    text = render(facts)
+    assert f"  reserved rows a: {words['a']}\n" in text and f"{' ' * 16}e, f: {words['e']}\n" in text
 
 
 def test_tables_fit_80_columns_with_long_names(tmp_path: Path) -> None:
