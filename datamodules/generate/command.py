@@ -370,7 +370,7 @@ def _run_trace(args: argparse.Namespace) -> int:
 
 
 def _report_fit(originals: list[Profile], args: argparse.Namespace) -> None:
-    generated = TraceSource(args.output).profiles()
+    generated = TraceSource(args.output).profiles(cuts={profile.column: profile.accesses for profile in originals})
     fits = [measure_fit(*pair) for pair in zip(originals, generated, strict=True)]
     lines = render_fits(fits).splitlines()
     for original, copy in zip(originals, generated, strict=True):

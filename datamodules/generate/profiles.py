@@ -12,9 +12,10 @@ To measure a profile takes the memory of one LRU stack (see ``lru``) and of 65,5
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,10 @@ CLASS_LOW: NDArray[np.int64] = np.concatenate(
     [np.arange(64), *((32 + np.arange(32)) << (octave - 5) for octave in range(6, 31))]
 )
 """int64 [classes]: the smallest distance of each class."""
+
+
+_MOST_PHASES = 4 * 40
+"""Enough for 2^46 accesses."""
 
 
 def phase_end(phase: int) -> int:
@@ -174,15 +179,17 @@ class Profiler:
     Args:
         column: its name.
         rows: of its table.
+        cut: a phase also ends after this number of accesses, so that ``Profile.beginning`` is exact there; 0 for none.
 
     Raises:
         UserError: numba is not installed.
     """
 
-    def __init__(self, column: str, rows: int) -> None:
+    def __init__(self, column: str, rows: int, cut: int = 0) -> None:
         self.column, self.rows, self.accesses = column, rows, 0
         self._stack = lru_stack(rows)
         self._counts = [np.zeros(len(CLASS_LOW), dtype=np.int64)]
+        self._ends = sorted({*map(phase_end, range(_MOST_PHASES)), *([cut] if cut else [])})
 
     def add(self, ids: NDArray[np.int32]) -> None:
         """Add the next accesses.
@@ -197,7 +204,7 @@ class Profiler:
             )
         classes = np.searchsorted(CLASS_LOW, self._stack.distances(ids), side="right") - 1
         while len(classes):
-            left = phase_end(len(self._counts) - 1) - self.accesses
+            left = self._ends[len(self._counts) - 1] - self.accesses
             if not left:
                 self._counts.append(np.zeros(len(CLASS_LOW), dtype=np.int64))
                 continue
@@ -269,11 +276,12 @@ class TraceSource:
         )
         """Rows of the split, or accesses of the first chosen profile."""
 
-    def profiles(self, progress: bool = True) -> list[Profile]:
+    def profiles(self, progress: bool = True, cuts: Mapping[str, int] = MappingProxyType({})) -> list[Profile]:
         """Return the profile of each chosen column, in order.
 
         Args:
             progress: show a progress bar, on a terminal.
+            cuts: of columns of a dataset; see ``Profiler``.
 
         Raises:
             UserError: a column has too few accesses, or its files are missing or altered, or numba is not installed.
@@ -290,7 +298,7 @@ class TraceSource:
         ) as bar:
             profiles = []
             for name, table_rows in self.tables.items():
-                profiler = Profiler(name, table_rows)
+                profiler = Profiler(name, table_rows, cuts.get(name, 0))
                 for ids, count in self._accesses(name):
                     profiler.add(ids)
                     bar.update(count)

@@ -211,7 +211,8 @@ class Fit:
     """A column's trace, original against generated, over the accesses that both have."""
 
     column: str
-    accesses: int
+    accesses: str
+    """The compared accesses in words, such as ``the first 16,000 of 100,000 generated accesses``."""
     distinct: tuple[int, int]
     """Rows accessed by the original and by the generated trace."""
     distance_error: float
@@ -224,7 +225,8 @@ class Fit:
 
 
 def measure_fit(original: Profile, generated: Profile) -> Fit:
-    """Compare two profiles over the accesses of the shorter one."""
+    """Compare two profiles over the accesses of the shorter one, in which the longer one should have the end of a
+    phase: see ``Profiler``."""
     accesses = min(original.accesses, generated.accesses)
     counts = [profile.beginning(accesses) for profile in (original, generated)]
     distribution = [np.cumsum(part[1:]) / accesses for part in counts]
@@ -238,12 +240,20 @@ def measure_fit(original: Profile, generated: Profile) -> Fit:
         caches[rows] = (rows, float(distribution[0][last - 1]), float(distribution[1][last - 1]))
     return Fit(
         column=original.column,
-        accesses=accesses,
+        accesses=_compared(original, generated),
         distinct=(round(counts[0][0]), round(counts[1][0])),
         distance_error=float(np.abs(distribution[0] - distribution[1]).max()),
         variation=float(np.abs(octaves[0] - octaves[1]).sum() / 2),
         caches=tuple(caches.values()),
     )
+
+
+def _compared(original: Profile, generated: Profile) -> str:
+    """Return which accesses two profiles both have."""
+    few, many = sorted((original.accesses, generated.accesses))
+    if few == many:
+        return f"{few:,} accesses"
+    return f"the first {few:,} of {many:,} {'original' if many == original.accesses else 'generated'} accesses"
 
 
 def render_fits(fits: Sequence[Fit]) -> str:
@@ -252,7 +262,7 @@ def render_fits(fits: Sequence[Fit]) -> str:
         line
         for fit in fits
         for line in (
-            f"{fit.column}: {fit.accesses:,} accesses; original / generated",
+            f"{fit.column}: {fit.accesses}; original / generated",
             f"  unique rows       {fit.distinct[0]:>13,} / {fit.distinct[1]:,}",
             "  stack distances   LRU hit rates of caches of any size differ by at most",
             f"                    {100 * fit.distance_error:.2f} percentage points;",
@@ -281,7 +291,7 @@ def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], source
     figure.suptitle(f"Accesses of {source}, original and generated: {title}", x=0.01, ha="left", weight="bold")
     parts = figure.subfigures(len(originals), 1, squeeze=False)[:, 0]
     for part, original, copy in zip(parts, originals, generated, strict=True):
-        part.suptitle(original.column, x=0.01, ha="left", weight="bold", fontsize=11)
+        part.suptitle(f"{original.column}: {_compared(original, copy)}", x=0.01, ha="left", weight="bold", fontsize=11)
         row = part.subplots(1, 3)
         accesses = min(original.accesses, copy.accesses)
         for profile, name, style in (

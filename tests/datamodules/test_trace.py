@@ -345,13 +345,19 @@ def test_command_reports_the_fit(
     assert "percentage points" in text
     assert "independent of the features (best AUC 0.5), so" in " ".join(text.split()) and "train on it" not in text
     text = run("--profile", profile, "--output", str(tmp_path / "long"), "--rows", "25000", "--test-rows", "0")
+    assert f"C1: the first {ROWS:,} of 25,000 generated accesses; original / generated" in text
+    rows = np.concatenate(
+        [pq.read_table(file)["C1"].to_numpy() for file in sorted((tmp_path / "long").rglob("train/*"))]
+    )
+    written, beginning = len(np.unique(rows[:ROWS])), make_profile(rows[:ROWS], original.rows)
+    assert f" / {written:,}\n" in text and render_fits([measure_fit(original, beginning)]).split("\n", 1)[1] in text
     assert f"after the original's {ROWS:,} accesses, the unique rows grow" in text and "after 25,000 acc" in text
     monkeypatch.setattr(terminal, "line_width", lambda stream: 79)
     text = run("--profile", profile, "--output", str(tmp_path / "wrapped"), "--rows", "25000", "--test-rows", "0")
     assert all(len(line) < 80 or str(tmp_path) in line for line in text.splitlines())
     assert "the unique rows grow" in " ".join(text.split())
     text = run("--profile", profile, "--output", str(tmp_path / "short"), "--rows", "5000", "--test-rows", "0")
-    assert "C1: 5,000 accesses; original / generated" in text
+    assert f"C1: the first 5,000 of {ROWS:,} original accesses; original / generated" in text
     with pytest.raises(UserError, match=r"p\.json exists; name a new file, or leave --from out"):
         run("--from", str(source[0]), "--profile", profile)
     with pytest.raises(UserError, match="no source is given; give --from DIR, or --profile FILE"):
