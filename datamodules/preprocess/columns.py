@@ -365,7 +365,7 @@ def _numbers(facts: Facts, reason: str) -> Choice:
 
 
 def missing_words(facts: Facts) -> list[str]:
-    """Return texts of a column that probably mean a missing value, and that are read as values."""
+    """Return texts of a column that may mean a missing value, and that are read as values."""
     if facts.kind == "text":
         found = [value for value in facts.counts if value.lower() in _MISSING_WORDS]
         return found if len(found) < facts.distinct else []

@@ -410,5 +410,5 @@ def _describe(column: Facts, sample: Sample) -> str:
     if column.counts:
         parts.append(examples(column))
     if words := missing_words(column):
-        parts.append(f"{' and '.join(map(repr, words))} probably mean a missing value (see nulls)")
+        parts.append(f"add {' and '.join(map(repr, words))} to nulls if a missing value is meant")
     return ", ".join(parts)

@@ -105,7 +105,7 @@ def test_words_for_missing_values_are_named(log: Path) -> None:
     )
     assert nulls is not None and set(yaml.safe_load(nulls[1])["nulls"]) == {"", "NA", "-"}
     text = (log / "log.yaml").read_text()
-    assert "probably mean a missing value (see nulls)" in " ".join(text.replace("\n  #  ", "").split())
+    assert "to nulls if a missing value is meant" in " ".join(text.replace("\n  #  ", "").split())
     (log / "log.yaml").write_text(text.replace("nulls: ['']", nulls[1]))
     assert set(read_log_schema(log / "log.yaml").nulls) == {"", "NA", "-"}
 
