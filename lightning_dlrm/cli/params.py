@@ -77,8 +77,8 @@ def _add_matching_arguments(parser: Any) -> None:
     parser.add_argument(
         "--by",
         default=None,
-        help="the cost: total, dense (parameters; the default), or flops (forward). If no widths come within "
-        f"{100 * _NEAR:.0f} percent of it, nothing is written, and the exit code is 2",
+        help="the cost: total, dense (parameters; the default), or flops (forward). The widths keep their "
+        f"proportions; if none come within {100 * _NEAR:.0f} percent of it, nothing is written, and the exit code is 2",
     )
     parser.add_argument("--output", default=None, help="the new configuration's file")
 
@@ -103,19 +103,25 @@ def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
         for names in (options.match, options.to)
     )
     goal = theirs.module.size
-    widths, size = match(ours.module, vars(ours.settings.model.network.init_args), goal, by)
+    former = vars(ours.settings.model.network.init_args)
+    widths, size = match(ours.module, former, goal, by)
     name, goal_name = (" + ".join(names) for names in (options.match, options.to))
     found, wanted = COSTS[by](size), COSTS[by](goal)
     if abs(found - wanted) > _NEAR * wanted:
         raise UserError(
-            f"{name} cannot match {goal_name} by {by}: the nearest hidden widths give {found:,}, {wanted:,} is "
-            f"wanted, and only differences up to {_NEAR:.0%} are a match; choose another --by, or match the other model"
+            f"{name} cannot match {goal_name} by {by}: the nearest widths in its proportions give {found:,}, "
+            f"{wanted:,} is wanted, and only differences up to {_NEAR:.0%} are a match; choose another --by, or match "
+            "the other model"
         )
     lines = describe(Path(options.match[0]).stem, Path(options.to[0]).stem, size, goal, by)
-    header = [f"{name} with the hidden widths that come nearest to {goal_name} by {by}.", "", *lines]
+    found_widths = [
+        f"{key}: {values}, the nearest widths in the proportions of {list(former[key])}"
+        for key, values in widths.items()
+    ]
+    header = [f"{name}, changed to match {goal_name} by {by}:", *found_widths, "", *lines]
     write_config(options.match, widths, Path(options.output), header)
     print("\n".join(lines))
-    print("; ".join(f"{name}: {values}" for name, values in widths.items()) + f"; written to {options.output}")
+    print(wrapped([*found_widths, f"written to {options.output}"]))
     return 0
 
 
@@ -168,9 +174,9 @@ _NEAR = 0.05
 
 
 def match(module: CTRModule, options: Mapping[str, Any], goal: ModelSize, by: str) -> tuple[dict[str, Any], ModelSize]:
-    """Return the hidden widths at which the cost of a model is nearest to a goal.
+    """Return the hidden widths, in the proportions of a model's own, at which its cost is nearest to a goal.
 
-    All hidden widths keep their proportions: the largest width becomes w, a whole number, and the others are scaled and
+    The largest width becomes w, a whole number, and the others are scaled and
     rounded. Costs grow with w, so bisection finds the best w. Nothing is allocated.
 
     Args:

@@ -1,5 +1,5 @@
-"""Contract: ``params --match`` finds the width that comes nearest, whatever is tried beside it, and writes a
-configuration that costs what was said."""
+"""Contract: ``params --match`` finds the widths that come nearest in their proportions, whatever is tried beside
+them, and writes a configuration that costs what was said."""
 
 import json
 from functools import partial
@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.params import COSTS, count, describe, match
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
@@ -65,6 +66,11 @@ def test_the_written_configuration_costs_what_was_said(tmp_path: Path, capsys: p
     assert abs(figures["flops_per_sample_forward"] - 713_106) < 0.01 * 713_106
     assert figures["tables"] == 540_201_232
     network = yaml.safe_load(output.read_text())["model"]["network"]["init_args"]
+    text = " ".join(output.read_text().replace("#", "").split())
+    for key in ("bottom_mlp", "top_mlp"):
+        former = yaml.safe_load(find_config("dlrm.yaml").read_text())["model"]["network"]["init_args"][key]
+        words = f"{key}: {network[key]}, the nearest widths in the proportions of {former}"
+        assert words in text and words in said
     assert network["bottom_mlp"][-1] == network["embedding_dim"] == 16
     assert main(arguments) == 2
     assert "exists; choose another --output" in capsys.readouterr().err
@@ -85,7 +91,7 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "MatrixFactorization has no hidden layers" in message
     assert "--json has no effect with --match" in refusal("--match", "dcn.yaml", "--to", "dlrm.yaml", "--json", *output)
     far = refusal("--match", "dcn.yaml", "--to", "logistic_regression.yaml", *output)
-    assert far.startswith("error: dcn.yaml cannot match logistic_regression.yaml by dense: the nearest hidden ")
+    assert far.startswith("error: dcn.yaml cannot match logistic_regression.yaml by dense: the nearest widths ")
     assert "only differences up to 5% are a match; choose another --by" in far and far.count("\n") == 1
     for option in ("--to=dcn.yaml", "--by=total", "--output=x.yaml"):
         said = f"{option.partition('=')[0]} has no effect without --match"
