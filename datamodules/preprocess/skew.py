@@ -256,7 +256,7 @@ def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
             markerfacecolor=fill,
             markersize=_MARK_SIZE,
             markeredgewidth=0.6,
-            label=f"most frequent ids that {share:.0%} of the lookups go to",
+            label=f"number of ids that get {share:.0%} of the lookups",
         )
     if any(skew.once > _MOSTLY_ONCE for skew in shown):
         axes.plot([], [], " ", label="* most ids occur once: more rows bring more ids")

@@ -497,7 +497,14 @@ def test_a_planted_leak_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert "60 rows of validation (40.000%) also occur in train; they match 30 rows of train (3.000%)" in out
     assert "within validation: 30 repeat an earlier row (20.000%)" in out
-    assert "suggests a leak" in out
+    assert "suggests a leak" in out and "within train:" not in out
+    with DatasetWriter(tmp_path / "clean", COLUMNS[2:3]) as writer:
+        writer.write("train", {"C1": ids})
+        writer.write("validation", {"C1": 1_000 + ids[:90]})
+        writer.finish(dataset="mine", protocol="own")
+    assert run_inspect(tmp_path / "clean", "--leakage") == 0
+    out = capsys.readouterr().out
+    assert "(without the label): none, within a split or in two splits\n" in out and "repeat" not in out
 
 
 def test_hash_tells_apart_rows_that_differ_in_one_value() -> None:
