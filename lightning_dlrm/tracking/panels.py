@@ -35,7 +35,7 @@ _WORDS = {
     "lower learning rate. AUC, log loss and accuracy are of all samples so far, up to the last "
     f"{names.WINDOW_SAMPLES:,}, each scored before the update of its own step.",
     "norms": "Sizes of gradients and table rows. A norm that keeps growing is a sign that training diverges. Logged by "
-    "runs with --log_norms true only.",
+    "runs with `--log_norms true` only.",
     "speed": "How many samples a run trains on per second, and what takes its time. Compare times only between runs on "
     "equal machines without other work.",
     "system": "CPU time and memory of the process of each run.",
@@ -43,7 +43,7 @@ _WORDS = {
     "parallel": "What the ranks send to each other, and how evenly tables and requested rows are spread over them. "
     "Logged by runs on several ranks only, and the load of each rank by comparisons of runs whose tables are sharded.",
 }
-"""Section -> a sentence on what it shows."""
+"""Section -> a sentence on what it shows, with code between backticks."""
 
 
 def build_workspace(dashboard: Dashboard) -> ws.Workspace:
@@ -91,7 +91,7 @@ def build_report(dashboard: Dashboard) -> wr.Report:
     for name, panels in panels_of(dashboard).items():
         blocks += [
             wr.H1(f"{name[0].upper()}{name[1:]}"),
-            wr.P(_WORDS[name]),
+            wr.P([wr.InlineCode(part) if at % 2 else part for at, part in enumerate(_WORDS[name].split("`"))]),
             wr.PanelGrid(runsets=[runs], panels=panels),
         ]
     blocks += [
@@ -255,7 +255,7 @@ def write_page(dashboard: Dashboard, path: Path) -> None:
     sections = [
         (
             f"{name[0].upper()}{name[1:]}",
-            _WORDS[name],
+            _WORDS[name].split("`"),
             [_describe(panel) for panel in panels if not isinstance(panel, wr.MarkdownPanel)],
         )
         for name, panels in panels_of(dashboard).items()
@@ -298,14 +298,16 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .8rem; }
 .panels div { border: 1px solid #ccc; border-radius: .4rem; padding: .6rem .8rem; min-height: 5rem; }
 .panels span { color: #444; font-size: .85rem; overflow-wrap: anywhere; display: block; }
+code { white-space: nowrap; }
 </style></head><body><h1>Outline of the dashboard of {{ dashboard.title }}</h1>
 <p>The layout of the W&amp;B workspace and report of
 {{ "the group " ~ dashboard.group ~ " in " if dashboard.group }}the project {{ dashboard.project }} of
 {{ dashboard.entity or "your own account" }}: title, kind and metrics of each panel, without data.
-<code>python -m lightning_dlrm dashboard</code> with the same options, without --output, saves both
+<code>python -m lightning_dlrm dashboard</code> with the same options, without <code>--output</code>, saves both
 at W&amp;B, with the data.</p>
 {% if dashboard.findings %}<ul>{% for line in dashboard.findings %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
-{% for name, words, panels in sections %}<h2>{{ name }}</h2><p>{{ words }}</p><div class="panels">
+{% for name, words, panels in sections %}<h2>{{ name }}</h2><p>{% for part in words %}
+{{- part if loop.index0 is even else "<code>"|safe ~ part ~ "</code>"|safe }}{% endfor %}</p><div class="panels">
 {% for title, about in panels %}<div><strong>{{ title }}</strong>
 {% for line in about %}<span>{{ line }}</span>{% endfor %}</div>
 {% endfor %}</div>{% endfor %}</body></html>

@@ -135,6 +135,7 @@ def test_a_page_shows_the_dashboard_without_a_server(tmp_path: Path, capsys: pyt
         "the group g in the project p of\nads-team:",
         "validation AUC",
         "validation/log_loss",
+        "by runs with <code>--log_norms true</code> only",
         "GiB",
         "gpu.N.gpu",
     ):
