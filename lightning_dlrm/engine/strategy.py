@@ -192,15 +192,16 @@ class EmbeddingShardedDDP(DDPStrategy):
             else:
                 value_bytes = (self._wire or network.lookups()[0].weight.dtype).itemsize
                 plan = make_plan(loads, ranks.ranks, batch_size_of(module.trainer), self._memory, value_bytes)
-            held = [cost.bytes for cost in rank_costs(plan, loads, batch_size=1)]
-            log.info(
-                "tables: %s on %s; the fullest rank holds %s with optimizer state, %.2f times the mean%s",
-                counted(len(plan.pieces), "piece"),
-                counted(ranks.ranks, "rank"),
-                binary_size(max(held)),
-                imbalance(held),
-                f"; bags summed by the ranks of their rows: {', '.join(plan.pooled)}" if plan.pooled else "",
-            )
+            if ranks.ranks > 1:
+                held = [cost.bytes for cost in rank_costs(plan, loads, batch_size=1)]
+                log.info(
+                    "tables: %s on %d ranks; the fullest rank holds %s with optimizer state, %.2f times the mean%s",
+                    counted(len(plan.pieces), "piece"),
+                    ranks.ranks,
+                    binary_size(max(held)),
+                    imbalance(held),
+                    f"; bags summed by the ranks of their rows: {', '.join(plan.pooled)}" if plan.pooled else "",
+                )
             return plan.document()
 
         return Plan.of_document(ranks.run_on_rank_zero(make))
