@@ -119,7 +119,7 @@ def describe_plan(
     text = [
         f"{held[0]}: memory of a rank's rows and their optimizer state",
         "requested: rows, or sums of a bag's rows, that all ranks request in a step; a",
-        "rank requests a row once, however often its part of the batch has it",
+        "  rank requests a row once, however often its part of the batch has it",
         f"{unit} ids, vectors, gradients: what a rank sends in a training step",
         *aligned(lines, left=()),
     ]
@@ -267,7 +267,7 @@ def _draw_held(axes: Any, loads: Sequence[TableLoad], costs: Sequence[RankCost],
     totals = [cost.bytes / size for cost in costs]
     if len(loads) > len(largest):
         rest = [total - drawn for total, drawn in zip(totals, sums, strict=True)]
-        axes.bar(range(len(costs)), rest, width, sums, label=f"{len(loads) - len(largest)} others", color="0.7")
+        axes.bar(range(len(costs)), rest, width, sums, label=f"{len(loads) - len(largest)} others", color="0.4")
     axes.set_ylabel(f"held by a rank, {unit}")
     return totals
 
@@ -305,8 +305,11 @@ def draw(
     sent.set_ylabel(f"sent in a\ntraining step, {unit}")
     for axes, values in ((held, held_total), (work, requested), (sent, sums)):
         mean = statistics.fmean(values)
-        axes.axhline(mean, color="black", linestyle=":", linewidth=1.2, label="mean of the ranks")
+        axes.axhline(
+            mean, color="black", linestyle=":", linewidth=1.2, label="mean of the ranks" if axes is held else None
+        )
         axes.set_ylim(0, 1.08 * max(*values, mean))
+    for axes in (held, sent):
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     sent.set_xlabel("rank")
     if plan.ranks <= 16:

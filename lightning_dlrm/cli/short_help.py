@@ -111,7 +111,8 @@ options:
   --memory-per-rank SIZE     most memory of a rank, or one amount for each
   --device-memory SIZE       memory of each device for tables, beside dense
                              layers and activations, which are not counted;
-                             other rows stay on the host; not with --plot
+                             other rows stay on the host; not together with
+                             --memory-per-rank, --plan, --plot or --wire
   --counted                  count the lookups of each row in the dataset
   --plan FILE                show the plan in this file
   --output FILE              write the plan, or what --device-memory chooses
