@@ -26,7 +26,7 @@ from datamodules.folder import Folder
 from datamodules.parquet import read_part
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SPLITS, Column, DatasetSchema, SplitName
-from lightning_dlrm.contracts.terminal import binary_size
+from lightning_dlrm.contracts.terminal import binary_size, counted
 
 _RUN_ROWS = 1 << 22  # hashes sorted at once: 32 MB
 _RANGE_ROWS = 1 << 23  # hashes compared at once: 64 MB, and some copies of them
@@ -199,7 +199,7 @@ def _compare(runs: Mapping[SplitName, _SortedRuns], ranges: Iterable[int]) -> di
 def render_equal_rows(facts: Mapping[str, Any]) -> list[str]:
     """Format the facts of ``equal_rows`` as lines of text."""
     lines = [
-        f"  within {split}: {within['repeats']:,} repeat an earlier row ({within['share']:.3%})"
+        f"  within {split}: {counted(within['repeats'], 'repeat')} of an earlier row ({within['share']:.3%})"
         for split, within in facts["within"].items()
         if within["repeats"]
     ]
@@ -207,8 +207,8 @@ def render_equal_rows(facts: Mapping[str, Any]) -> list[str]:
         first, second = pair["splits"]
         if pair["distinct"]:
             lines.append(
-                f"  {first} and {second}: {pair['rows'][second]:,} rows of {second} ({pair['shares'][second]:.3%}) "
-                f"also occur in {first}; they match {pair['rows'][first]:,} rows of {first} "
+                f"  in both {first} and {second}: {counted(pair['rows'][second], 'row')} of {second} "
+                f"({pair['shares'][second]:.3%}), {counted(pair['rows'][first], 'row')} of {first} "
                 f"({pair['shares'][first]:.3%})"
             )
     title = "rows with equal features (without the label)"

@@ -495,8 +495,8 @@ def test_a_planted_leak_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
         writer.finish(dataset="mine", protocol="own")
     assert run_inspect(tmp_path / "data", "--leakage") == 0
     out = capsys.readouterr().out
-    assert "60 rows of validation (40.000%) also occur in train; they match 30 rows of train (3.000%)" in out
-    assert "within validation: 30 repeat an earlier row (20.000%)" in out
+    assert "in both train and validation: 60 rows of validation (40.000%), 30 rows of train (3.000%)" in out
+    assert "within validation: 30 repeats of an earlier row (20.000%)" in out
     assert "suggests a leak" in out and "within train:" not in out
     with DatasetWriter(tmp_path / "clean", COLUMNS[2:3]) as writer:
         writer.write("train", {"C1": ids})
@@ -596,6 +596,6 @@ def test_dataset_without_tables_or_features(tmp_path: Path, capsys: pytest.Captu
         with pytest.raises(UserError, match="no tables to plot"):
             run_inspect(tmp_path / name, "--plot", str(tmp_path / "tables.png"))
     assert run_inspect(tmp_path / "dense", "--leakage") == 0
-    assert "within train: 4 repeat an earlier row (80.000%)" in capsys.readouterr().out
+    assert "within train: 4 repeats of an earlier row (80.000%)" in capsys.readouterr().out
     with pytest.raises(UserError, match="no features"):
         run_inspect(tmp_path / "label", "--leakage")
