@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lightning_dlrm.compare.anatomy import Anatomy, StepTimes
 from lightning_dlrm.compare.cost_figures import CostDrawing
 from lightning_dlrm.compare.drawing import SETTINGS, Drawing, Picture
-from lightning_dlrm.compare.pairs import METRIC_TITLES, WORDS
+from lightning_dlrm.compare.pairs import METRIC_TITLES, Pair
 from lightning_dlrm.compare.ranking import is_figure5
 from lightning_dlrm.compare.results import CLICK_RATE_ALONE, Comparison
 from lightning_dlrm.compare.runs import Arm
@@ -56,12 +56,12 @@ def draw_all(
     # The narrow figures first: the page looks for them beside the files of the wide figures.
     with matplotlib.rc_context(SETTINGS):
         for narrow in (True, False):
-            drawing, costs = _ResultDrawing(comparison, folder, narrow), CostDrawing(comparison, folder, narrow)
+            drawing, costs = ResultDrawing(comparison, folder, narrow), CostDrawing(comparison, folder, narrow)
             pictures = [drawing.differences(), drawing.curves("auc"), drawing.results()]
             pictures += [drawing.figure5(), drawing.curves("log_loss")]
             pictures += [
                 drawing.calibration(),
-                costs.cost(not steps.slow_in_training),
+                costs.cost(steps),
                 costs.parameters(anatomies),
             ]
             if steps.shown:
@@ -69,7 +69,7 @@ def draw_all(
     return pictures + costs.plans(anatomies)
 
 
-class _ResultDrawing(Drawing):
+class ResultDrawing(Drawing):
     """The figures of learning and of results."""
 
     # --- learning ---------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ class _ResultDrawing(Drawing):
             for row, pair in enumerate(pairs):
                 interval = pair.interval
                 reach = [[interval.value - interval.low], [interval.high - interval.value]]
-                axes.errorbar(interval.value, row, xerr=reach, capsize=2, markersize=4, **looks[pair.decided])
+                axes.errorbar(interval.value, row, xerr=reach, capsize=2, markersize=4, **looks[_filled(pair)])
             axes.axvline(0, color="0.6", linewidth=0.8)
             sides = ("second", "first") if len(pairs) > 1 else (pairs[0].loser, pairs[0].winner)
             left, right = sides if HIGHER_IS_BETTER[metric] else sides[::-1]
@@ -300,17 +300,13 @@ class _ResultDrawing(Drawing):
             # The axis includes 0, with room on its other side.
             low, high = axes.get_xlim()
             axes.set_xlim(min(low, -0.3 * high), max(high, -0.3 * low))
-        undecided = dict.fromkeys(pair.verdict for pair in comparison.pairs if not pair.decided)
-        kinds = {True: "filled: they differ (verdict)"}
-        words = {**WORDS, "none": "no verdict from one seed"}
-        kinds[False] = f"open: {', or '.join(words[verdict] for verdict in undecided)}"
         self.legend(
             figure,
             [
                 Line2D([], [], marker=look["fmt"], color=look["color"], markerfacecolor=look["markerfacecolor"],
-                       markersize=4, linewidth=1, label=kinds[decided])
-                for decided, look in looks.items()
-                if decided in {pair.decided for pair in comparison.pairs}
+                       markersize=4, linewidth=1, label=f"{'filled' if filled else 'open'}: {'; or '.join(kinds)}")
+                for filled, look in looks.items()
+                if (kinds := dict.fromkeys(pair.kind for pair in comparison.pairs if _filled(pair) == filled))
             ],
             "lower",
         )  # fmt: skip
@@ -422,6 +418,11 @@ class _ResultDrawing(Drawing):
             f"Training: over all samples so far, up to the last {names.WINDOW_SAMPLES:,}, each scored in its own step, "
             f"before the update.{begin} Validation: over the validation split. {runs}"
         )
+
+
+def _filled(pair: Pair) -> bool:
+    """Return whether a marker is filled: the sides differ by a verdict, and both trained."""
+    return pair.decided and not pair.untrained
 
 
 def majority(entropy: float) -> float:

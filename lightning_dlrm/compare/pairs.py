@@ -68,6 +68,15 @@ class Pair:
         return given if self.same_data else f"{given} (different data)"
 
     @property
+    def kind(self) -> str:
+        """Return the verdict without names, for a legend."""
+        if self.untrained:
+            return "no verdict, a side did not train"
+        if self.single:
+            return "no verdict from one seed"
+        return "they differ (verdict)" if self.decided else WORDS[self.verdict]
+
+    @property
     def unadjusted_word(self) -> str:
         """Return the verdict on the winner without adjustment, and its p-value; a dash without a verdict."""
         if self.single or self.untrained:
