@@ -19,6 +19,7 @@ from lightning_dlrm.compare.anatomy import anatomy, measure_steps
 from lightning_dlrm.compare.experiment import (
     EXPECTED,
     PlannedArm,
+    check_configurations,
     chooses_network,
     how_to_write,
     is_experiment,
@@ -110,10 +111,12 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
     for note in notes:
         print(note)
     print(arms_table(arms, experiment.seeds))
+    if options.output is not None:
+        check_configurations(arms, output)
     if options.dry_run:
         return 0
     _make(output)
-    files = keep_configurations(arms, output / "configurations")
+    files = keep_configurations(arms, output)
     arms[0].built.datamodule.prepare_data()
     group = f"{experiment.name}-{output.resolve().name}"
     names = {(arm.name, seed): f"{arm.name}-{seed}" for arm in arms for seed in experiment.seeds}

@@ -239,26 +239,39 @@ def _training_samples(built: ModelAndData) -> float:
     return min(bounds)
 
 
-def keep_configurations(arms: Sequence[PlannedArm], folder: Path) -> dict[str, Path]:
-    """Write each arm's whole configuration, or check that the file of an earlier call is equal.
+def keep_configurations(arms: Sequence[PlannedArm], output: Path) -> dict[str, Path]:
+    """Write each arm's whole configuration that an earlier call did not write.
 
     Returns:
         Arm -> file.
+    """
+    files = _files(arms, output)
+    for arm in arms:
+        path = files[arm.name]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            _write(path, arm.document)
+    return files
+
+
+def check_configurations(arms: Sequence[PlannedArm], output: Path) -> None:
+    """Check that the files of earlier calls have the settings of these arms.
 
     Raises:
         UserError: the folder has files of an experiment with other settings.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {arm.name: folder / f"{arm.name}.yaml" for arm in arms}
     for arm in arms:
-        path = files[arm.name]
+        path = _files(arms, output)[arm.name]
         if not path.exists():
-            _write(path, arm.document)
+            continue
         changed = differing({"there": settings_of(read_yaml(path, _WRITTEN)), "here": arm.settings})
         if changed:
             listed = "; ".join(f"{key}: {_format_by_name(values)}" for key, values in list(changed.items())[:5])
             raise UserError(
-                f"{folder.parent} holds runs with other settings of {arm.name} ({listed}): give the same settings to "
+                f"{output} holds runs with other settings of {arm.name} ({listed}): give the same settings to "
                 "continue, or another --output"
             )
-    return files
+
+
+def _files(arms: Sequence[PlannedArm], output: Path) -> dict[str, Path]:
+    return {arm.name: output / "configurations" / f"{arm.name}.yaml" for arm in arms}
