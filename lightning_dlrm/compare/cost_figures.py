@@ -13,7 +13,7 @@ from lightning_dlrm.bench.breakdown import KINDS
 from lightning_dlrm.cli.palette import TOL_MUTED, filling
 from lightning_dlrm.cli.plan_report import PLOT_WIDTH as PLAN_WIDTH
 from lightning_dlrm.cli.plan_report import draw as draw_plan
-from lightning_dlrm.compare.anatomy import ROUNDS, STEPS, Anatomy, merge_equal
+from lightning_dlrm.compare.anatomy import ROUNDS, STEPS, Anatomy, StepTimes, merge_equal
 from lightning_dlrm.compare.drawing import Drawing, Picture
 from lightning_dlrm.compare.numbers import decimals
 from lightning_dlrm.contracts.terminal import counted
@@ -27,8 +27,13 @@ _PARTS_LISTED = 4
 class CostDrawing(Drawing):
     """The figures of costs."""
 
-    def cost(self, comparable: bool) -> Picture:
-        """Draw time and memory of every run; times that are not comparable in grey."""
+    def cost(self, steps: StepTimes) -> Picture:
+        """Draw time and memory of every run; times that are not comparable in grey.
+
+        With one seed, no other run shows that the machine was quiet, so a disturbed measurement counts for both times.
+        """
+        one_seed = any(len(arm.runs) < 2 for arm in self.arms)
+        comparable = not (steps.slow_in_training or (one_seed and steps.slow_alone))
         shown = [
             (names.TRAINING_SECONDS, "seconds of training", 1.0),
             (names.SAMPLES_PER_SECOND, "samples/s", 1.0),

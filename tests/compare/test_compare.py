@@ -41,8 +41,14 @@ from lightning_dlrm.compare import processes, report, training_length
 from lightning_dlrm.compare.anatomy import StepTimes, anatomy, measure_steps
 from lightning_dlrm.compare.cost_figures import CostDrawing
 from lightning_dlrm.compare.drawing import PAGE_WIDTH
-from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
-from lightning_dlrm.compare.figures import draw_all
+from lightning_dlrm.compare.experiment import (
+    PlannedArm,
+    check_configurations,
+    keep_configurations,
+    plan_arms,
+    read_experiment,
+)
+from lightning_dlrm.compare.figures import ResultDrawing, draw_all
 from lightning_dlrm.compare.options import make_parser
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, scored_share, trained_samples
 from lightning_dlrm.compare.ranking import answer, distance, is_figure5, title_of, with_spread
@@ -929,7 +935,7 @@ def test_runs_from_before_an_option_are_of_the_same_configuration() -> None:
         earlier = yaml.safe_load(path.read_text())
         assert earlier["model"].pop("wide_optimizer", "missing") is None
         path.write_text(yaml.safe_dump(earlier))
-    keep_configurations(arms, Path("out"))
+    check_configurations(arms, Path("out"))
     (arm,) = arms_of([read_run(run) for run in runs])
     assert arm.seeds == (1, 2)
 
@@ -1077,11 +1083,35 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
     assert not any("second" in label for name in ("auc", "log_loss", "cost") for label in labels[name])
 
 
-@pytest.mark.parametrize(("milliseconds", "greys"), [(100.0, 2), (2000.0, 0), (9000.0, 0)])
+def test_the_legend_of_differences_names_the_verdicts_that_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = after(STAYS, STAYS)
+    drawn: dict[str, Figure] = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.stem: figure}))
+    auc, log_loss = (dataclasses.replace(pair, verdict="a_better") for pair in comparison.pairs)
+    undecided = dataclasses.replace(auc, verdict="not_distinguishable")
+    untrained = dataclasses.replace(log_loss, untrained=["DCN"])
+    for pairs, labels in (
+        ([auc, log_loss], ["filled: they differ (verdict)"]),
+        ([untrained], ["open: no verdict, a side did not train"]),
+        ([dataclasses.replace(auc, verdict="none", single=["DCN"])], ["open: no verdict from one seed"]),
+        ([auc, untrained], ["filled: they differ (verdict)", "open: no verdict, a side did not train"]),
+        ([undecided, untrained], ["open: not distinguishable; or no verdict, a side did not train"]),
+    ):
+        found = dataclasses.replace(comparison, pairs=pairs)
+        ResultDrawing(found, Path("figures"), narrow=False).differences()
+        (legend,) = drawn["differences"].legends
+        assert [text.get_text() for text in legend.get_texts()] == labels
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "seeds", "greys"),
+    # With several seeds, equal speeds show that only the measurement alone was disturbed.
+    [(100.0, (1, 2), 2), (2000.0, (1, 2), 0), (9000.0, (1, 2), 0), (9000.0, (1,), 2), (2000.0, (1,), 0)],
+)
 def test_times_are_grey_if_training_was_disturbed(
-    milliseconds: float, greys: int, monkeypatch: pytest.MonkeyPatch
+    milliseconds: float, seeds: tuple[int, ...], greys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm in plain_arms() for seed in (1, 2)]
+    runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm in plain_arms() for seed in seeds]
     samples = shared_samples(runs, "test")
     scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
     comparison = compare(arms_of(runs), scores, title="t", split="test")
@@ -1092,7 +1122,7 @@ def test_times_are_grey_if_training_was_disturbed(
     drawn: dict[str, Figure] = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.stem: figure}))
     # Only the figure of costs: the other figures take six seconds.
-    CostDrawing(comparison, Path("figures"), narrow=False).cost(not steps.slow_in_training)
+    CostDrawing(comparison, Path("figures"), narrow=False).cost(steps)
     assert bool(steps.shown) == (milliseconds == 2000)
     bars = {axes.get_xlabel(): axes.patches for axes in drawn["cost"].axes}
     found = {
@@ -1471,8 +1501,9 @@ def test_an_experiment_runs_once_stops_cleanly_and_goes_on() -> None:
     written = {path: path.stat().st_mtime_ns for path in Path("out").glob("runs/*/*")}
     assert main(command[3:]) == 0
     assert written == {path: path.stat().st_mtime_ns for path in Path("out").glob("runs/*/*")}
-    with pytest.raises(UserError, match="holds runs with other settings of dlrm"):
-        comparing.run([*command[4:], "--trainer.max_steps", "3"])
+    for dry_run in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match="out holds runs with other settings of dlrm"):
+            comparing.run([*command[4:], "--trainer.max_steps", "3", *dry_run])
 
 
 # --- published scores ----------------------------------------------------------------------------------
