@@ -313,4 +313,6 @@ def reliability(runs: Sequence[NDArray[np.floating]], labels_N: NDArray[np.integ
     middle = share + z**2 / (2 * independent)
     reach = z * np.sqrt(share * (1 - share) / independent + (z / (2 * independent)) ** 2)
     low, high = ((middle + side * reach) / (1 + z**2 / independent) for side in (-1, 1))
+    # Rounding can put an end on the wrong side of a share of 0 or 1.
+    low, high = np.minimum(low, share), np.maximum(high, share)
     return Reliability(predicted=np.mean(predicted, axis=0), clicked=share, low=low, high=high)

@@ -247,3 +247,10 @@ def test_reliability_is_that_of_scikit_learn() -> None:
     np.testing.assert_allclose(found.predicted, predicted, atol=2e-3)
     np.testing.assert_allclose(found.clicked, shares, atol=2e-2)
     assert (found.low < found.clicked).all() and (found.clicked < found.high).all()
+
+
+def test_the_interval_of_a_group_without_clicks_includes_0() -> None:
+    probabilities = np.random.default_rng(1).random(1000)
+    for label in (0, 1):
+        found = reliability([probabilities, probabilities[::-1]], np.full(1000, label))
+        assert (found.low <= label).all() and (found.high >= label).all()
