@@ -120,27 +120,34 @@ def _digits(interval: Interval) -> int:
     return min(max(*certain, 3), 5)
 
 
-def answer(comparison: Comparison) -> tuple[str, str]:
+def answer(comparison: Comparison) -> list[str]:
     """Return which configuration is best, by how much, how surely and on what data, in one sentence, after those that
-    did not train; then why, what the log loss says, whose validation AUC fell,
-    which samples were scored, and whether training was unequal."""
-    on = f"Scored on {comparison.scored}{_demo(comparison)}.{_unequal(comparison)}"
-    failed, advice = _untrained(comparison)
+    did not train; then paragraphs: the reason, with the log loss and the samples; doubts; what to do."""
+    failed, chance, look = _untrained(comparison)
+    reason = remedy = ""
     if comparison.warnings:
-        head, more = "No ranking: the runs are of different data.", ""
+        head = "No ranking: the runs are of different data."
     elif sum(len(comparison.random_runs(arm)) < len(arm.runs) for arm in comparison.arms) < 2:
         # Between a model and none, or between none and none.
-        head, more = "This is not a comparison of models.", _highest(comparison)
+        head, reason = "This is not a comparison of models.", _highest(comparison)
     else:
-        head, more = _verdict(comparison)
-    but, longer = improving_words(comparison)
-    return " ".join(filter(None, [failed, head, but])), " ".join(
-        filter(None, [advice, longer, more, fall_words(comparison), on])
-    )
+        head, reason, remedy = _verdict(comparison)
+    but, rise, longer = improving_words(comparison)
+    fall, shorter = fall_words(comparison)
+    on = f"Scored on {comparison.scored}{_demo(comparison)}."
+    paragraphs = [
+        [failed, head, but],
+        [chance, reason, on],
+        [rise, fall, *_unequal(comparison)],
+        [look, longer, shorter, remedy],
+    ]
+    texts = [" ".join(filter(None, sentences)) for sentences in paragraphs]
+    return [text for text in texts if text]
 
 
-def _untrained(comparison: Comparison) -> tuple[str, str]:
-    """Return which configurations did not train, all of their seeds or some, and what to look at; empty if all did."""
+def _untrained(comparison: Comparison) -> tuple[str, str, str]:
+    """Return which configurations did not train, all of their seeds or some; which AUC counts as random; and what to
+    look at; empty if all trained."""
     wholly: dict[str, str] = {}
     sentences, found = [], []
     for arm in ranked(comparison):
@@ -162,15 +169,17 @@ def _untrained(comparison: Comparison) -> tuple[str, str]:
         is_no_better = f"its AUC of {of} is" if len(wholly) == 1 else f"their AUCs of {of} are"
         sentences.insert(0, f"{joined(list(wholly), 'and')} did not train: {is_no_better} no better than random.")
     if not found:
-        return "", ""
+        return "", "", ""
     limit = ""
     if not comparison.warnings:
         samples = comparison.scores[comparison.runs[0].name].samples
         limit = f" Here an AUC up to {0.5 + samples.chance:.4f} counts as random: 0.5 plus {samples.chance_words}."
-    return " ".join(sentences), (
-        f"Random predictions have an AUC of 0.5 on average.{limit} Look at the training log loss of "
+    return (
+        " ".join(sentences),
+        f"Random predictions have an AUC of 0.5 on average.{limit}",
+        f"Look at the training log loss of "
         f"{joined(found, 'and')} in the report, under 'Accuracy and log loss while training': if it stays above that "
-        "of the click rate alone, train longer or with higher learning rates; if it rises or jumps, with lower ones."
+        "of the click rate alone, train longer or with higher learning rates; if it rises or jumps, with lower ones.",
     )
 
 
@@ -189,56 +198,63 @@ def _above(comparison: Comparison, first: Arm, second: Arm) -> str:
     return f"{amount} above {second.name} (95% interval {interval.strip('()')})"
 
 
-def _verdict(comparison: Comparison) -> tuple[str, str]:
+def _verdict(comparison: Comparison) -> tuple[str, str, str]:
     """Return which of the configurations is best, by how much, how surely and on what data, in one sentence; then why
-    there is no verdict, and what the log loss says."""
+    there is no verdict, and what the log loss says; and what makes a verdict more likely."""
     first, second, *_ = arms = ranked(comparison)
     pairs = [pair_of(comparison, first, arm) for arm in arms[1:]]
     auc, above = _mean_auc(comparison, first), _above(comparison, first, second)
     undecided = [pair for pair in pairs if not (pair.decided or pair.single)]
     single = [pair.loser for pair in pairs if pair.single]
     more_seeds = _more_seeds(comparison, [arm for arm in arms if len(arm.seeds) < 2])
-    lead = ""
+    lead = remedy = ""
     on, highest = f"on {_data(first)}", f"{first.name} has the highest AUC, {auc}, {above}"
     if pairs[0].single and not undecided:
         head = f"No verdict from one seed {on}: {highest}."
         reason = pairs[0].reason
-        lead = f"{reason[0].upper()}{reason[1:]}. {more_seeds}".rstrip()
+        lead, remedy = f"{reason[0].upper()}{reason[1:]}.", more_seeds
     elif undecided:
         head = f"No clear winner {on}: {highest}, {_seeds(comparison)}."
-        lead = " ".join([_why_undecided(comparison, undecided), *(f"{s}." for s in _decided(comparison, "auc"))])
+        why, remedy = _why_undecided(comparison, undecided)
+        lead = " ".join([why, *(f"{s}." for s in _decided(comparison, "auc"))])
     else:
         head = f"{first.name} wins {on}: AUC {auc}, {above}, {_seeds(comparison)}."
         if single:
             head += f" With one seed there is no verdict against {_listed(single)}."
-            lead = more_seeds
-    return head, " ".join(filter(None, [lead, _by_log_loss(comparison, first, second)]))
+            remedy = more_seeds
+    return head, " ".join(filter(None, [lead, _by_log_loss(comparison, first, second)])), remedy
 
 
-def _why_undecided(comparison: Comparison, undecided: Sequence[Pair]) -> str:
-    """Return over which others the first has no verdict, why, and what makes one more likely."""
-    # An interval may exclude 0 without a verdict.
-    excluding = [pair.loser for pair in undecided if pair.unadjusted != pair.verdict]
-    level = [pair.loser for pair in undecided if pair.unadjusted == pair.verdict]
+def _why_undecided(comparison: Comparison, undecided: Sequence[Pair]) -> tuple[str, str]:
+    """Return over which others the first has no verdict, and why; and what makes one more likely."""
     name, said = ranked(comparison)[0].name, []
-    if level:
+    if level := [pair.loser for pair in undecided if pair.unadjusted == pair.verdict]:
         said.append(f"{name} is not distinguishable from {_listed(level)}: the interval contains 0.")
-    if excluding:
-        leads, intervals = ("lead", "has an interval") if len(excluding) == 1 else ("leads", "have intervals")
-        of = f"{'the two are' if len(excluding) == 1 else 'they are'} not distinguishable after adjustment for"
-        verdicts = sum(not pair.single for pair in comparison.pairs)
-        over = f"The {leads} of {name} over {_listed(excluding)}"
-        said.append(f"{over} {intervals} above 0, but {of} {verdicts} comparisons.")
-    share, text = undecided[0].difference.seed_share, " ".join(said)
+    if leads := _by_adjustment(comparison, undecided):
+        said.append(f"{leads[0].upper()}{leads[1:]}.")
+    share, samples = undecided[0].difference.seed_share, comparison.scores[comparison.runs[0].name].samples
     if share > 0.5:
-        return (
-            f"{text} {share:.0%} of the uncertainty comes from the seeds. {_more_seeds(comparison, ranked(comparison))}"
-        )
-    samples = len(comparison.scores[comparison.runs[0].name].samples.labels)
-    return (
-        f"{text} {1 - share:.0%} of the uncertainty comes from the {samples:,} {comparison.split} samples: a larger "
-        f"{comparison.split} split helps more than more seeds."
-    )
+        said.append(f"{share:.0%} of the uncertainty comes from the seeds.")
+        return " ".join(said), _more_seeds(comparison, ranked(comparison))
+    of = f"the {len(samples.labels):,} {comparison.split} samples"
+    said.append(f"{1 - share:.0%} of the uncertainty comes from {of}.")
+    return " ".join(said), f"A larger {comparison.split} split helps more than more seeds."
+
+
+def _by_adjustment(comparison: Comparison, undecided: Sequence[Pair]) -> str:
+    """Return which leads are no verdict although their intervals exclude 0; empty without one."""
+    over: dict[str, list[str]] = {}
+    for pair in undecided:
+        if pair.unadjusted != pair.verdict:
+            over.setdefault(pair.winner, []).append(pair.loser)
+    if not over:
+        return ""
+    verdicts = sum(not pair.single for pair in comparison.pairs)
+    leads = joined([f"{winner} over {_listed(losers)}" for winner, losers in over.items()], "and")
+    one = sum(map(len, over.values())) == 1
+    has = f"lead of {leads} has an interval that excludes" if one else f"leads of {leads} have intervals that exclude"
+    are = "the two are" if one else "they are"
+    return f"the {has} 0, but {are} not distinguishable after adjustment for {verdicts} comparisons"
 
 
 def _decided(comparison: Comparison, metric: Metric, except_pair: Pair | None = None) -> list[str]:
@@ -279,8 +295,10 @@ def _by_log_loss(comparison: Comparison, first: Arm, second: Arm) -> str:
     if near.single:
         return ""
     others = [pair_of(comparison, first, arm, "log_loss") for arm in ranked(comparison)[1:]]
-    level = [({pair.a, pair.b} - {first.name}).pop() for pair in others if not (pair.decided or pair.single)]
+    undecided = [pair for pair in others if not (pair.decided or pair.single)]
+    level = [({pair.a, pair.b} - {first.name}).pop() for pair in undecided if pair.unadjusted == pair.verdict]
     said = [f"{first.name} is not distinguishable from {_listed(level)}"] if level else []
+    said += filter(None, [_by_adjustment(comparison, undecided)])
     decided = _decided(comparison, "log_loss", near)
     agrees = near.winner == first.name if by_auc.decided and near.decided else by_auc.decided == near.decided
     if near.decided:
@@ -292,15 +310,17 @@ def _by_log_loss(comparison: Comparison, first: Arm, second: Arm) -> str:
     return f"By log loss{', however,' * (not agrees)} {'; '.join([*said, *decided])}."
 
 
-def _unequal(comparison: Comparison) -> str:
+def _unequal(comparison: Comparison) -> list[str]:
     """Return which configurations have other seeds, and which were trained on how many samples; empty if all are
     equal."""
-    text = ""
+    said = []
     if seeds := _by_value(comparison, lambda arm: ", ".join(map(str, arm.seeds))):
-        text = f" Seeds differ ({seeds}), so the runs are not taken in pairs; equal seeds can make intervals shorter."
+        said.append(
+            f"Seeds differ ({seeds}), so the runs are not taken in pairs; equal seeds can make intervals shorter."
+        )
     if counts := _by_value(comparison, sample_counts):
-        text += f" Trained on different numbers of samples: {counts}."
-    return text
+        said.append(f"Trained on different numbers of samples: {counts}.")
+    return said
 
 
 def _by_value(comparison: Comparison, value: Callable[[Arm], str]) -> str:

@@ -49,13 +49,13 @@ def write_report(
         path: HTML file.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    head, more = answer(comparison)
+    head, *paragraphs = answer(comparison)
     settings = {arm.name: settings_of_runs(arm) for arm in ranked(comparison)}
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         comparison=comparison,
         p_text=p_text,
         head=head,
-        more=more,
+        paragraphs=paragraphs,
         ranking=_ranking(comparison),
         pairs=comparison.pairs,
         overlapping=_overlapping(comparison),
@@ -269,7 +269,7 @@ def page_of(
         figures=figures,
         tables={name: table for name, table in tables.items() if table.rows},
         files=files,
-        findings=[*filter(None, answer(comparison)), *(pair.sentence for pair in comparison.pairs)],
+        findings=[*answer(comparison), *(pair.sentence for pair in comparison.pairs)],
     )
 
 
@@ -324,13 +324,13 @@ def closing_words(comparison: Comparison, output: Path) -> str:
         rows.append([CLICK_RATE_ALONE, *(f"{alone[name]:.5f}" for name in columns), ""])
     seeds = ", ".join(dict.fromkeys(str(len(arm.runs)) for arm in comparison.arms))
     of = "one seed each" if comparison.one_seed else f"means over the seeds ({seeds})"
-    head, more = answer(comparison)
+    head, *paragraphs = answer(comparison)
     return wrapped(
         [
             *(f"WARNING: {warning}" for warning in comparison.warnings),
             "",
             emphasized(head, sys.stdout),
-            more,
+            *paragraphs,
             "",
             *aligned(rows),
             f"{of}, on the {comparison.split} split"

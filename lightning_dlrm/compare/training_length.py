@@ -59,12 +59,11 @@ def _trained(comparison: Comparison) -> list[Arm]:
     return [arm for arm in arms if len(comparison.random_runs(arm)) < len(arm.runs)]
 
 
-def improving_words(comparison: Comparison) -> tuple[str, str]:
-    """Return which configurations were still improving, and what that means, or that it is not known; empty if none
-    was."""
+def improving_words(comparison: Comparison) -> tuple[str, str, str]:
+    """Return which configurations were still improving; by how much, or why that is not known; and what to do."""
     found = still_improving(comparison)
     if not found:
-        return "", _unknown(_trained(comparison))
+        return "", *_doubt(comparison)
     arms = [arm for arm in comparison.arms if arm.name in {one.arm for one in found}]
     listed = joined([one.arm for one in found], "and")
     if len(found) == len(comparison.arms):
@@ -77,25 +76,45 @@ def improving_words(comparison: Comparison) -> tuple[str, str]:
         key: max(arm.settings.get(key) or -1 for arm in arms) for key in ("trainer.max_steps", "trainer.max_epochs")
     }
     longer = [f"--{key} {_LONGER * bound}" for key, bound in bounds.items() if bound > 0]
-    how = f", such as with {' '.join(longer)}" if longer else ""
-    where = f"{' and' if how else ', with'} another --output" if comparison.experiment else ""
-    return f"But {listed} {was} still improving when {its} training ended.", (
-        f"In the last part of the training the validation AUC rose by {rises}. Before you trust this ranking, train "
-        f"all configurations longer{how}{where}."
-    )
-
-
-def _unknown(arms: Sequence[Arm]) -> str:
-    """Return that too few validations show whether configurations of few steps were still improving, and what adds one;
-    empty if there are enough, or a single configuration."""
-    steps = [arm.span(names.STEP)[1] for arm in arms if arm.late_rise is None]
-    if len(arms) < 2 or not steps or max(steps) >= _FEW_STEPS:
-        return ""
-    middle = max(1, int(min(steps)) // 2)
     return (
-        "Whether a configuration was still improving is not known without a validation in the middle of the training, "
-        f"such as with --trainer.val_check_interval {middle}."
+        f"But {listed} {was} still improving when {its} training ended.",
+        f"In the last part of the training the validation AUC rose by {rises}.",
+        f"Before you trust this ranking, train all configurations longer{_with(comparison, longer)}.",
     )
+
+
+def _doubt(comparison: Comparison) -> tuple[str, str]:
+    """Return why validations do not show whether a training of few steps was long enough, and what to do; empty if they
+    do, or if a single configuration trained."""
+    arms = _trained(comparison)
+    short = [arm for arm in arms if arm.span(names.STEP)[1] < _FEW_STEPS]
+    unknown = [int(arm.span(names.STEP)[1]) for arm in short if arm.late_rise is None]
+    if len(arms) > 1 and unknown:
+        interval = f"--trainer.val_check_interval {max(1, min(unknown) // 2)}"
+        return (
+            "Whether a configuration was still improving is not known without a validation in the middle of the "
+            "training.",
+            f"Train again with such a validation{_with(comparison, [interval])}.",
+        )
+    if len(arms) > 1 and any(map(_decays, short)) and not fallen(comparison):
+        return (
+            "Flat curves do not show that the training was long enough, because the learning rate decays: a longer "
+            "training can still change the ranking.",
+            "",
+        )
+    return "", ""
+
+
+def _decays(arm: Arm) -> bool:
+    """Return whether the learning rate of a configuration decays until the end of the fit, however long that is."""
+    schedule = str(arm.settings.get("model.schedule.class_path")).rpartition(".")[2]
+    return schedule in ("Cosine", "WarmupThenDecay") and arm.settings.get("model.schedule.init_args.decay_share") != 0
+
+
+def _with(comparison: Comparison, options: Sequence[str]) -> str:
+    """Return the options of another training, and that an experiment needs another folder for it."""
+    how = f", such as with {' '.join(options)}" if options else ""
+    return how + f"{' and' if how else ', with'} another --output" * comparison.experiment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,16 +150,16 @@ def fallen(comparison: Comparison) -> list[Fallen]:
     ]
 
 
-def fall_words(comparison: Comparison) -> str:
-    """Return which configurations were best before the end of their training, and which checkpoint was scored; empty if
-    none was."""
+def fall_words(comparison: Comparison) -> tuple[str, str]:
+    """Return which configurations were best before the end of their training, with the checkpoint that was scored, and
+    what to do; empty if none was."""
     found = fallen(comparison)
     if not found:
-        return ""
+        return "", ""
     falls = joined([f"{one.fall:.3f} for {one.arm} ({one.when})" for one in found], "and")
     # Other configurations may need a longer training, and all have the same.
-    enough = "" if still_improving(comparison) else " A shorter training is enough."
+    enough = "" if still_improving(comparison) else "A shorter training is enough."
     return (
         f"After its best, the validation AUC fell by {falls}: a sign of overfitting. The scores are those of "
-        f"checkpoints/best, from before the fall.{enough}"
-    )
+        "checkpoints/best, from before the fall."
+    ), enough

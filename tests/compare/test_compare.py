@@ -393,6 +393,11 @@ def test_numbers_have_few_decimals_however_equal_the_seeds_are() -> None:
     assert with_spread(found, "auc", 3) == ["0.529 (below 0.001)"] * 2 + ["0.500"]
 
 
+def below_head(comparison: Comparison) -> str:
+    """The answer below its first sentence."""
+    return " ".join(answer(comparison)[1:])
+
+
 def test_the_log_loss_agrees_with_the_auc_or_not() -> None:
     comparison = after(STAYS, STAYS)
     auc, log_loss = comparison.pairs
@@ -406,7 +411,7 @@ def test_the_log_loss_agrees_with_the_auc_or_not() -> None:
                 log_loss, verdict=by_log_loss, difference=dataclasses.replace(log_loss.difference, interval=interval)
             ),
         ]
-        text = answer(dataclasses.replace(comparison, pairs=pairs))[1]
+        text = below_head(dataclasses.replace(comparison, pairs=pairs))
         (found,) = re.findall(r"By log loss[^.]*", text)
         return found
 
@@ -514,7 +519,7 @@ def test_all_seeds_that_did_not_train_are_named() -> None:
     runs = [read_run(path) for path in paths]
     samples = shared_samples(runs, "test")
     scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
-    said = " ".join(answer(compare(arms_of(runs), scores, title="t", split="test")))
+    said, *_ = answer(compare(arms_of(runs), scores, title="t", split="test"))
     assert "DCN did not train with seeds 1, 2, 3, 4 and 5: AUC no better than random; its mean includes them." in said
 
 
@@ -615,11 +620,13 @@ def test_a_longer_training_is_advised_before_more_seeds_and_test_samples(
 ) -> None:
     comparison = after(dlrm, dcn, lead)
     assert sorted(one.arm for one in still_improving(comparison)) == sorted(named)
-    head, more = answer(comparison)
+    head, more = answer(comparison)[0], below_head(comparison)
     assert words in f"{head} {more}"
     assert ("Before you trust this ranking, train all configurations longer" in more) == bool(named)
     if named and lead == 1.0:
-        assert more.index("longer") < more.index("% of the uncertainty comes from")
+        # What to do is last.
+        (remedy,) = re.findall(r"A larger test split helps|Train D[^.]* again with other values", more)
+        assert more.index("% of the uncertainty comes from") < more.index("longer") < more.index(remedy)
     assert not still_improving(after_steps(comparison, 2_048))
 
 
@@ -642,11 +649,11 @@ def test_a_configuration_whose_validation_auc_fell_is_named() -> None:
         "After its best, the validation AUC fell by 0.020 for DCN (best at step 3 of 10): a sign of overfitting. "
         "The scores are those of checkpoints/best, from before the fall."
     )
-    assert f"{said} A shorter training is enough." in answer(comparison)[1]
+    assert f"{said} A shorter training is enough." in below_head(comparison)
     # What another configuration needs counts more.
     for path in (Path("out"), *Path().glob("d*-*")):
         shutil.rmtree(path)
-    both = answer(after(RISES, FALLS))[1]
+    both = below_head(after(RISES, FALLS))
     assert said in both and "shorter" not in both and "train all configurations longer" in both
     assert dataclasses.replace(found, best_steps=[3, 1_200], steps=2_048).when == "best at steps 3 to 1,200 of 2,048"
 
@@ -654,7 +661,7 @@ def test_a_configuration_whose_validation_auc_fell_is_named() -> None:
 @pytest.mark.parametrize("dcn", [STAYS, RISES, {1: 0.6, 3: 0.709, 7: 0.70}])
 def test_a_small_fall_is_not_mentioned(dcn: dict[int, float]) -> None:
     comparison = after(STAYS, dcn)
-    assert not fallen(comparison) and "overfitting" not in answer(comparison)[1]
+    assert not fallen(comparison) and "overfitting" not in below_head(comparison)
 
 
 def test_a_late_rise_is_that_of_the_last_quarter_of_the_training() -> None:
@@ -686,18 +693,33 @@ def test_runs_of_few_steps_say_if_one_validation_cannot_show_whether_they_were_s
         ],
     )
     said = (
-        "Whether a configuration was still improving is not known without a validation in the middle of the training, "
-        "such as with --trainer.val_check_interval 5."
+        "Whether a configuration was still improving is not known without a validation in the middle of the training."
     )
-    assert said in answer(one)[1] and said not in answer(comparison)[1]
-    assert "still improving" not in " ".join(answer(after_steps(one, 2_048)))
+    advice = "Train again with such a validation, such as with --trainer.val_check_interval 5"
+    assert f"{advice}." in below_head(one)
+    assert f"{advice} and another --output." in below_head(dataclasses.replace(one, experiment=True))
+    assert said in below_head(one) and said not in below_head(comparison)
+    assert "still improving" not in below_head(after_steps(one, 2_048))
+
+
+def test_flat_curves_under_a_decaying_learning_rate_are_no_sign_of_a_training_that_was_long_enough() -> None:
+    said = "Flat curves do not show that the training was long enough, because the learning rate decays: "
+    comparison = after(STAYS, STAYS)
+    assert said not in below_head(comparison)
+    for run in comparison.runs:
+        run.settings["model.schedule.class_path"] = "WarmupThenDecay"
+    assert below_head(comparison).count(said) == 1
+    assert said not in below_head(after_steps(comparison, 2_048))
+    for run in comparison.runs:
+        run.settings["model.schedule.init_args.decay_share"] = 0.0
+    assert said not in below_head(comparison)
 
 
 def test_a_longer_training_grows_by_all_its_bounds() -> None:
     comparison = after(STAYS, RISES)
     for run in (run for arm in comparison.arms for run in arm.runs):
         run.settings["trainer.max_steps"] = 60
-    assert "longer, such as with --trainer.max_steps 180 --trainer.max_epochs 3. " in answer(comparison)[1]
+    assert "longer, such as with --trainer.max_steps 180 --trainer.max_epochs 3. " in below_head(comparison)
 
 
 def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
@@ -717,10 +739,8 @@ def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
         r"dlrm-1 wins on demo data: AUC 0\.\d+, 0\.\d+ above dcn-1 \(95% interval [^)]*\), 1 to 3 seeds\. ", said
     ), said
     advice = "Train wider-1 again with other values of seed_everything, and give those runs too."
-    assert (
-        f"With one seed there is no verdict against wider-1. {advice} By log loss dlrm-1 is better than dcn-1 too"
-        in said
-    )
+    assert "With one seed there is no verdict against wider-1. By log loss dlrm-1 is better than dcn-1 too" in said
+    assert f"so the runs are not taken in pairs; equal seeds can make intervals shorter. {advice}" in said
     # With verdicts for all, the differences are a table that fits a terminal.
     paths += [leave_run(third, seed, Path("out"), 0.5) for seed in (2, 3)]
     assert main(["compare", *map(str, paths), "--output", "out"]) == 0
@@ -831,7 +851,7 @@ def test_one_seed_on_one_side_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "interval over the seeds of each side that has several (DCN: one) and over the samples." in caption
     experiment = dataclasses.replace(comparison, experiment=True)
     for of, advice in ((comparison, "other values of seed_everything"), (experiment, "--seeds 1,2,3,4,5")):
-        assert advice in answer(of)[1]
+        assert advice in below_head(of)
 
 
 def test_a_verdict_has_the_same_words_everywhere() -> None:
@@ -1029,28 +1049,30 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
     # Unequal training is said under the answer.
     unequal = "Trained on different numbers of samples: "
     of_dlrm, of_dcn = "DLRM 2,000", "DCN 1,000 to 2,000"
-    _, more = answer(comparison)
-    assert more.endswith((f"{unequal}{of_dlrm}; {of_dcn}.", f"{unequal}{of_dcn}; {of_dlrm}."))
+    _, _, doubts, _ = answer(comparison)
+    assert doubts.endswith((f"{unequal}{of_dlrm}; {of_dcn}.", f"{unequal}{of_dcn}; {of_dlrm}."))
     # The first sentence has the lead, its interval and the data; the reason why there is no verdict follows it.
     pairs = [dataclasses.replace(p, verdict="not_distinguishable", unadjusted="a_better") for p in comparison.pairs]
-    head, more = answer(dataclasses.replace(comparison, pairs=pairs))
+    head, reason, *_ = answer(dataclasses.replace(comparison, pairs=pairs))
     assert re.fullmatch(
         r"No clear winner on demo data: \w+ has the highest AUC, 0\.\d{4}, 0\.\d+ above \w+ "
         r"\(95% interval [^)]*\), 2 seeds each\.",
         head,
     )
-    assert ("has an interval above 0, but the two are not distinguishable after adjustment for 2 comparisons. ") in more
+    adjusted = "has an interval that excludes 0, but the two are not distinguishable after adjustment for 2 comparisons"
+    found = re.findall(rf"(T|By log loss t)he lead of (\w+) over \w+ {adjusted}\.", reason)
+    assert [by for by, _ in found] == ["T", "By log loss t"] and found[0][1] == ranked(comparison)[0].name
     # What gives a verdict depends on where the uncertainty comes from.
     for seeds, remedy in (
-        (1.0, "of the uncertainty comes from the seeds. Train D"),
+        (1.0, "of the uncertainty comes from the seeds. "),
         (
             0.0,
-            " 100% of the uncertainty comes from the 400 test samples: a larger test split helps more than more seeds.",
+            " 100% of the uncertainty comes from the 400 test samples. ",
         ),
     ):
         differences = [dataclasses.replace(p.difference, seed_variance=seeds, sample_variance=0.5) for p in pairs]
         both = [dataclasses.replace(p, difference=d) for p, d in zip(pairs, differences, strict=True)]
-        assert remedy in answer(dataclasses.replace(comparison, pairs=both))[1]
+        assert remedy in below_head(dataclasses.replace(comparison, pairs=both))
     # If the mean of a configuration is random, none of its runs has trained.
     arm = comparison.arms[1]
     lucky = {
