@@ -78,30 +78,35 @@ def write_report(
 def _ranking(comparison: Comparison) -> list[list[str]]:
     """Return the configurations with their scores, the highest AUC first; the first row has the titles."""
     first = ranked(comparison)[0]
-    rows = [["configuration", "AUC", "behind the first (95% interval)", "verdict", "log loss"]]
+    rows = [["configuration", "AUC", "behind the first (95% interval)", "verdict", "log loss", "training"]]
     aucs, losses = (with_spread(comparison, metric, 4) for metric in ("auc", "log_loss"))
     for arm, auc, loss in zip(ranked(comparison), aucs, losses, strict=False):
         is_behind = behind(comparison, arm)
         pair = pair_of(comparison, first, arm) if is_behind else None
-        rows.append([arm.name, auc, is_behind, _verdict_on(comparison, arm, pair), loss])
+        rows.append([arm.name, auc, is_behind, _verdict_on(comparison, arm, pair), loss, _training_of(comparison, arm)])
     if comparison.click_rate_alone:
-        rows.append([CLICK_RATE_ALONE, aucs[-1], "", "", losses[-1]])
-    return rows
+        rows.append([CLICK_RATE_ALONE, aucs[-1], "", "", losses[-1], ""])
+    return rows if any(row[-1] for row in rows[1:]) else [row[:-1] for row in rows]
 
 
 def _verdict_on(comparison: Comparison, arm: Arm, pair: Pair | None) -> str:
-    """Return the verdict on a configuration against the first, with its adjusted p, and whether it trained enough."""
+    """Return the verdict on a configuration against the first, with its adjusted p."""
+    if len(comparison.random_runs(arm)) == len(arm.runs):
+        return "did not train"
+    if pair is None:
+        return ""
+    return ("worse" if pair.decided else pair.word) + f" (p {p_text(pair.p_adjusted)})" * (not pair.single)
+
+
+def _training_of(comparison: Comparison, arm: Arm) -> str:
+    """Return which seeds of a configuration did not train, whether it was still improving, and when it was best."""
     random = len(comparison.random_runs(arm))
     if random == len(arm.runs):
-        return "did not train"
-    verdict = ""
-    if pair is not None:
-        verdict = "worse" if pair.decided else pair.word
-        verdict += f" (p {p_text(pair.p_adjusted)})" * (not pair.single)
+        return ""
     failed = f"{random} of {len(arm.runs)} seeds did not train" if random else ""
     improving = "still improving" if arm.name in {one.arm for one in still_improving(comparison)} else ""
     fell = [one.when for one in fallen(comparison) if one.arm == arm.name]
-    return "; ".join(filter(None, [verdict, failed, improving, *fell]))
+    return "; ".join(filter(None, [failed, improving, *fell]))
 
 
 def _overlapping(comparison: Comparison) -> bool:
@@ -368,7 +373,7 @@ def _differences_in(metric: Metric, pairs: Sequence[Pair], minus: str) -> list[s
         word = "a side did not train" if pair.untrained else pair.word
         name, *rest = f"{pair.winner}{minus}{pair.loser}".splitlines()
         rows.append([name, shown, p_text(pair.p_adjusted), word])
-        rows += [[f"  {line}", "", "", ""] for line in rest]
+        rows += [[line, "", "", ""] for line in rest]
     return aligned(rows, left=(0, 3))
 
 

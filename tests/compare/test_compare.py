@@ -553,7 +553,8 @@ def test_a_configuration_that_was_still_improving_is_named(
     # An option is not broken at its hyphens.
     assert '<span class="whole">--trainer.max_epochs</span> 3.' in html
     assert [(one["arm"], one["rise"]) for one in document["still_improving"]] == [("DCN", pytest.approx(0.15))]
-    assert re.search(r'data-name="verdict">worse \(p [^<]*\); still improving</td>', html)
+    assert re.search(r'data-name="verdict">worse \(p [^<;]*\)</td>', html)
+    assert 'data-name="training">still improving</td>' in html
 
 
 @pytest.mark.parametrize(
