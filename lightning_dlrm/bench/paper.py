@@ -251,9 +251,9 @@ def _profiler_warnings(steps: Mapping[str, float], unprofiled: Mapping[str, floa
     ratios = {name: steps[name] / unprofiled[name] for name in steps}
     if far := [name for name, ratio in ratios.items() if not 1 / _MOST_APART < ratio < _MOST_APART]:
         warnings += [
-            f"warning: the step of {' and '.join(far)} under the profiler takes over {_MOST_APART} times as long as",
-            "without it, or less than half as long. The shares of the operators are uncertain: stop",
-            "other work on this machine.",
+            f"warning: the profiler changes the time of a step by a factor of over {_MOST_APART}:",
+            f"{' and '.join(far)}. The shares of the operators are",
+            "uncertain: stop other work on this machine.",
         ]
     profiled, timed = (min(times, key=lambda name: times[name]) for times in (steps, unprofiled))
     if profiled != timed:

@@ -8,12 +8,12 @@ from lightning_dlrm.tracking.dashboard import Dashboard, publish, write_page
 DESCRIPTION = """\
 Save a workspace and a report of a project's or a group's runs at Weights & Biases (W&B).
 
-Needs: pip install 'lightning-dlrm[dashboards]'; without --output, also an account of W&B ('wandb login').
-
 examples:
   python -m lightning_dlrm dashboard
   python -m lightning_dlrm dashboard --project ads --entity team --group figure5 --comparison --by-tag
   python -m lightning_dlrm dashboard --output dashboard.html
+
+Needs: pip install 'lightning-dlrm[dashboards]'; without --output, also an account of W&B ('wandb login').
 """
 DETAILS = """\
 Each call makes a new workspace and a new report, with the sections quality, training, norms, speed, system, GPUs and
