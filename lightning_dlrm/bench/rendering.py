@@ -199,7 +199,8 @@ def _comparison(row: Measurement, name: str) -> str:
     # In the direction in which the range is told: it may reach from slower to faster.
     (rounds, words), is_slower = amount(*range_), range_[1] < 1
     ratio = amount(value, value)[0] if is_slower or amount is _share else _three_digits(value)
-    return f"{ratio} {words} {what} ({'' if _is_sure(row, name) else 'uncertain: '}rounds: {rounds})"
+    spread = f"rounds: {rounds}" if _is_sure(row, name) else f"uncertain: {rounds} in the rounds"
+    return f"{ratio} {words} {what} ({spread})"
 
 
 def _share(low: float, high: float) -> tuple[str, str]:

@@ -404,7 +404,7 @@ class ResultDrawing(Drawing):
             bars = ", and so do the bars of validations" * self._one_validation
             runs = f"Lines are means over the seeds; bands reach from the lowest seed to the highest{bars}."
         if self._one_validation:
-            runs += " Each run has one validation, at its end; marks at the same place are drawn beside each other."
+            runs += " Each run has one validation, at its end; marks are moved apart, so that none hides another."
         logged = [run.curve(names.SAMPLES, f"{names.TRAIN}/auc")[0] for run in self.comparison.runs]
         ends = [samples[0] for samples in logged if samples]
         begin = ""

@@ -381,8 +381,8 @@ def test_a_slow_profiler_is_named() -> None:
         ((1.0, 1.0, 1.0), (3.0, 3.1, 3.2), "3.1 times as fast as scikit-learn (rounds: 3 to 3.2)"),
         ((4.0, 4.2, 4.4), (1.0, 1.0, 1.0), "4.2 times slower than scikit-learn (rounds: 4 to 4.4)"),
         ((1.0, 1.0, 1.0), (0.9, 0.98, 1.1), "0.98 times as fast as scikit-learn (rounds: 0.9 to 1.1)"),
-        ((1.0, 1.0, 1.0), (2.0, 80.0, 90.0), "80 times as fast as scikit-learn (uncertain: rounds: 2 to 90)"),
-        ((1.0, 1.0, 1.0), (0.5, 0.9, 2.0), "0.9 times as fast as scikit-learn (uncertain: rounds: 0.5 to 2)"),
+        ((1.0, 1.0, 1.0), (2.0, 80.0, 90.0), "80 times as fast as scikit-learn (uncertain: 2 to 90 in the rounds)"),
+        ((1.0, 1.0, 1.0), (0.5, 0.9, 2.0), "0.9 times as fast as scikit-learn (uncertain: 0.5 to 2 in the rounds)"),
     ],
 )
 def test_a_ratio_says_how_sure_it_is(ours: tuple[float, ...], peer: tuple[float, ...], said: str) -> None:
