@@ -177,7 +177,7 @@ def _untrained(comparison: Comparison) -> tuple[str, str, str]:
     return (
         " ".join(sentences),
         f"Random predictions have an AUC of 0.5 on average.{limit}",
-        f"Look at the training log loss of "
+        "Look at the training log loss of "
         f"{joined(found, 'and')} in the report, under 'Accuracy and log loss while training': if it stays above that "
         "of the click rate alone, train longer or with higher learning rates; if it rises or jumps, with lower ones.",
     )

@@ -35,6 +35,7 @@ Shape suffixes: S seeds, N samples, M samples of a stratum.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -306,7 +307,8 @@ def reliability(runs: Sequence[NDArray[np.floating]], labels_N: NDArray[np.integ
         places.append(place_N)
     share, sizes = np.mean(clicked, axis=0), np.array([len(part) for part in parts])
     # Samples that several runs have in a group count once; the others add to the number of independent clicks.
-    shared = np.mean([np.bincount(a[a == b], minlength=len(parts)) for a in places for b in places], axis=0)
+    common = sum(np.bincount(a[a == b], minlength=len(parts)) for a, b in combinations(places, 2))
+    shared = (len(places) * sizes + 2 * common) / len(places) ** 2
     independent = sizes**2 / shared
     # Wilson's interval (1927).
     z = stats.norm.ppf((1 + LEVEL) / 2)
