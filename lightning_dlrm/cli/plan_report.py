@@ -289,7 +289,7 @@ def draw(
 
     held_total = _draw_held(held, loads, costs, width)
     requested = [cost.work for cost in costs]
-    work.bar(ranks, requested, width, color="0.35")
+    work.bar(ranks, requested, width, color="white", edgecolor="black")
     work.set_ylabel("embedding rows\nrequested in a step")
     work.yaxis.set_major_formatter("{x:,.0f}")
     unit, unit_bytes = sent_unit(costs)
