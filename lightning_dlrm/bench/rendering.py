@@ -141,7 +141,7 @@ def _notes(shown: Sequence[Measurement]) -> list[str]:
     else:
         lines = ["Times are of one round, which shows no spread; less is better."]
     if any(_range(row, name) for row in shown for name in _RATIOS):
-        lines.append("A ratio is the median of the rounds' ratios, not the ratio of the medians.")
+        lines.append("A ratio is the median of the rounds' ratios, whose range is in brackets.")
     if any(row.floor_s is not None for row in shown):
         lines += [
             "The floor is the least time of this work on this machine; x floor is median /",
@@ -199,7 +199,7 @@ def _comparison(row: Measurement, name: str) -> str:
     # In the direction in which the range is told: it may reach from slower to faster.
     (rounds, words), is_slower = amount(*range_), range_[1] < 1
     ratio = amount(value, value)[0] if is_slower or amount is _share else _three_digits(value)
-    spread = f"rounds: {rounds}" if _is_sure(row, name) else f"uncertain: {rounds} in the rounds"
+    spread = f"rounds: {rounds}" if _is_sure(row, name) else f"uncertain: {rounds}"
     return f"{ratio} {words} {what} ({spread})"
 
 

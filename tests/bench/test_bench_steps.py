@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -381,8 +382,8 @@ def test_a_slow_profiler_is_named() -> None:
         ((1.0, 1.0, 1.0), (3.0, 3.1, 3.2), "3.1 times as fast as scikit-learn (rounds: 3 to 3.2)"),
         ((4.0, 4.2, 4.4), (1.0, 1.0, 1.0), "4.2 times slower than scikit-learn (rounds: 4 to 4.4)"),
         ((1.0, 1.0, 1.0), (0.9, 0.98, 1.1), "0.98 times as fast as scikit-learn (rounds: 0.9 to 1.1)"),
-        ((1.0, 1.0, 1.0), (2.0, 80.0, 90.0), "80 times as fast as scikit-learn (uncertain: 2 to 90 in the rounds)"),
-        ((1.0, 1.0, 1.0), (0.5, 0.9, 2.0), "0.9 times as fast as scikit-learn (uncertain: 0.5 to 2 in the rounds)"),
+        ((1.0, 1.0, 1.0), (2.0, 80.0, 90.0), "80 times as fast as scikit-learn (uncertain: 2 to 90)"),
+        ((1.0, 1.0, 1.0), (0.5, 0.9, 2.0), "0.9 times as fast as scikit-learn (uncertain: 0.5 to 2)"),
     ],
 )
 def test_a_ratio_says_how_sure_it_is(ours: tuple[float, ...], peer: tuple[float, ...], said: str) -> None:
@@ -394,6 +395,11 @@ def test_a_ratio_says_how_sure_it_is(ours: tuple[float, ...], peer: tuple[float,
     )  # fmt: skip
     assert f"    {said}\n" in render([row])
     assert headline([row])[0].endswith(f" samples, {said}")
+    # Beside plain PyTorch, also with the longest numbers, a line of the table fits 80 columns.
+    wide = replace(
+        row, work="paper", extra=speed_ratio("speed_over_baseline", (1.0, 1.0, 1.0), (0.6777, 0.8777, 1.0877))
+    )
+    assert max(map(len, render([wide]).splitlines())) <= 80
 
 
 def test_a_fit_that_is_faster_than_its_own_loop_is_uncertain() -> None:
