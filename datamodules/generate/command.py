@@ -400,7 +400,7 @@ def _make(
     if "train" in schema.splits:
         command = command_line("fit", "--config", "dlrm.yaml", "--data.path", str(output))
         best = schema.optimum["train"].auc
-        chance = "the labels are independent of the features (best AUC 0.5), so measure speed on it, not scores:"
+        chance = "the labels are independent of the features (best AUC 0.5), so these data are for measuring speed, not scores:"
         print(command_after(chance if best == 0.5 else "train on it:", command))
     return 0
 
@@ -419,7 +419,9 @@ def _run_tsv(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     for path, size in zip(args.output, sizes, strict=True):
         print(f"{path}: {binary_size(size)}")
-    print(f"{counted(settings.rows, 'row')} after {seconds:.1f} s ({format_rate(settings.rows / seconds)} rows/s)")
+    # A shorter time has no rate that means something.
+    rate = f" after {seconds:.1f} s ({format_rate(settings.rows / seconds)} rows/s)" if seconds >= 1 else ""
+    print(f"{counted(settings.rows, 'row')}{rate}")
     options = ["--dataset", args.dataset, "--protocol", "dlrm", "--input", *map(str, args.output), "--output", "DIR"]
     print(command_after("preprocess them:", command_line("preprocess", *options)))
     return 0

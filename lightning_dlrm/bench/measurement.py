@@ -21,6 +21,7 @@ from datamodules.folder import load_schema
 from datamodules.generate.demo import DemoSettings, demo_folder, generate_demo
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.kernels.choice import choose
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -221,7 +222,8 @@ def time_rounds(
         Name -> seconds of one step in each round.
     """
     seconds: dict[Key, list[float]] = {name: [] for name in contenders}
-    for round_ in tqdm(range(warm_up + rounds), desc="Measuring", unit=" rounds", leave=False, disable=None):
+    progress = "Measuring" + f" (with {counted(warm_up, 'warm-up round')})" * bool(warm_up)
+    for round_ in tqdm(range(warm_up + rounds), desc=progress, unit=" rounds", leave=False, disable=None):
         for name in list(contenders)[:: 1 if round_ % 2 == 0 else -1]:
             if repeated:
                 contenders[name]()

@@ -62,7 +62,7 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
 _SHOWN = {"ours": "lightning_dlrm", "baseline": "plain PyTorch"}
 """Contender -> its name in tables and figures."""
 _MOST_APART = 2
-"""Factor between a step with and without the profiler from which on the shares of operators are uncertain."""
+"""Factor between a step with and without the profiler from which on the times of operators are uncertain."""
 _PUBLISHED_BATCHES, _PUBLISHED_BATCH_SIZE = 1000, 2048
 
 Profile = Mapping[str, Sequence[float]]
@@ -224,13 +224,20 @@ def _operator_rows(args: argparse.Namespace, profiles: Mapping[StepKey, Profile]
 def render_operators(
     precision: str, columns: Mapping[str, Mapping[str, float]], unprofiled: Mapping[str, float]
 ) -> str:
-    """Return a table of the time of a step by operator, with a column for each contender."""
+    """Return a table of the time of a step by operator, with a column for each contender.
+
+    A contender whose step the profiler changes too much has no shares.
+    """
     steps = {name: sum(column.values()) for name, column in columns.items()}
+    changed = _changed_by_profiler(steps, unprofiled)
+
+    def cell(name: str, seconds: float) -> str:
+        share = "" if name in changed else f"{seconds / steps[name]:.0%}"
+        return f"{duration(max(seconds, 1e-9))} {share:>4}"
+
     cells = [(f"operator, {precision}", *columns)]
-    for operator in OPERATORS:
-        shares = (f"{duration(max(c[operator], 1e-9))} {c[operator] / steps[name]:4.0%}" for name, c in columns.items())
-        cells.append((operator, *shares))
-    cells.append(("step", *(f"{duration(seconds)} {1:4.0%}" for seconds in steps.values())))
+    cells += [(operator, *(cell(name, column[operator]) for name, column in columns.items())) for operator in OPERATORS]
+    cells.append(("step", *(cell(name, seconds) for name, seconds in steps.items())))
     cells.append(("without the profiler", *(f"{duration(unprofiled[name])}     " for name in columns)))
     notes = [
         "Under the profiler, the step of median time; less is better. lightning_dlrm",
@@ -240,20 +247,25 @@ def render_operators(
     return "\n".join(["", *aligned(cells, left=(0,)), *notes, *_profiler_warnings(steps, unprofiled), ""])
 
 
-def _profiler_warnings(steps: Mapping[str, float], unprofiled: Mapping[str, float]) -> list[str]:
-    """Return lines that say why the times of operators are uncertain; none if they are not.
+def _changed_by_profiler(steps: Mapping[str, float], unprofiled: Mapping[str, float]) -> dict[str, float]:
+    """Return the contenders whose step takes much more or much less time under the profiler, with the factor.
 
     Args:
         steps: contender -> seconds of a step under the profiler.
         unprofiled: contender -> seconds of a step without it.
     """
+    factors = {name: steps[name] / unprofiled[name] for name in steps}
+    return {name: factor for name, factor in factors.items() if not 1 / _MOST_APART < factor < _MOST_APART}
+
+
+def _profiler_warnings(steps: Mapping[str, float], unprofiled: Mapping[str, float]) -> list[str]:
+    """Return lines that say why the times of operators are uncertain; none if they are not."""
     warnings = []
-    ratios = {name: steps[name] / unprofiled[name] for name in steps}
-    if far := [name for name, ratio in ratios.items() if not 1 / _MOST_APART < ratio < _MOST_APART]:
+    for name, factor in _changed_by_profiler(steps, unprofiled).items():
         warnings += [
-            f"warning: the profiler changes the time of a step by a factor of over {_MOST_APART}:",
-            f"{' and '.join(far)}. The shares of the operators are",
-            "uncertain: stop other work on this machine.",
+            f"warning: under the profiler, a step of {name} takes {factor:.2g} times the time",
+            "that it takes without it. So the times of its operators are uncertain: stop",
+            "other work on this machine.",
         ]
     profiled, timed = (min(times, key=lambda name: times[name]) for times in (steps, unprofiled))
     if profiled != timed:

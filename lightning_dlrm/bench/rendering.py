@@ -110,7 +110,7 @@ def render(rows: Sequence[Measurement]) -> str:
                     if row.error
                     else [
                         duration(row.median_s),
-                        duration(row.spread_s) if row.spread_s else "",
+                        f"{row.spread_s / row.median_s:.0%}" if row.spread_s else "",
                         f"{row.samples_per_s:,.0f}",
                     ]
                 ),
@@ -136,7 +136,8 @@ def _notes(shown: Sequence[Measurement]) -> list[str]:
     if any(row.spread_s for row in shown):
         lines = [
             "Times are medians of the rounds; less is better. --help has the details.",
-            "The spread is the time of the slowest round minus that of the fastest.",
+            "The spread is the time of the slowest round minus that of the fastest, as a",
+            "share of the median.",
         ]
     else:
         lines = ["Times are of one round, which shows no spread; less is better."]
@@ -189,18 +190,19 @@ def _is_sure(row: Measurement, name: str) -> bool:
 
 
 def _comparison(row: Measurement, name: str) -> str:
-    """Return a ratio of speeds in words, with its range over the rounds."""
+    """Return a ratio of speeds in words: its median first if it is sure, otherwise its range over the rounds."""
     amount, what = (_share, _SHARES[name]) if name in _SHARES else (_speed, _SPEEDS[name])
     what = what.format(**_others(row.work))
     value, range_ = row.extra[name], _range(row, name)
     if range_ is None:
         ratio, words = amount(value, value)
         return f"{ratio} {words} {what}" + " (uncertain: one round)" * (not row.spread_s)
-    # In the direction in which the range is told: it may reach from slower to faster.
+    # The range and the median are told in the same direction: a range may reach from slower to faster.
     (rounds, words), is_slower = amount(*range_), range_[1] < 1
-    ratio = amount(value, value)[0] if is_slower or amount is _share else _three_digits(value)
-    spread = f"rounds: {rounds}" if _is_sure(row, name) else f"uncertain: {rounds}"
-    return f"{ratio} {words} {what} ({spread})"
+    median = amount(value, value)[0] if is_slower or amount is _share else _three_digits(value)
+    if _is_sure(row, name):
+        return f"{median} {words} {what} (rounds: {rounds})"
+    return f"{rounds} {words} {what} (uncertain, median {median})"
 
 
 def _share(low: float, high: float) -> tuple[str, str]:

@@ -64,14 +64,14 @@ class Pair:
         """Return the verdict on the winner, for a table."""
         given = self._word_of(self.verdict)
         if self.untrained:
-            return f"no verdict: {' and '.join(self.untrained)} did not train"
+            return f"no verdict, because {' and '.join(self.untrained)} did not train"
         return given if self.same_data else f"{given} (different data)"
 
     @property
     def kind(self) -> str:
         """Return the verdict without names, for a legend."""
         if self.untrained:
-            return "no verdict, a side did not train"
+            return "no verdict, because a side did not train"
         if self.single:
             return "no verdict from one seed"
         return "they differ (verdict)" if self.decided else WORDS[self.verdict]

@@ -23,8 +23,8 @@ def title_of(arms: Sequence[Arm]) -> str:
     if len(data) > 1:
         return " and ".join(f"{_listed([arm.name for arm in of_data])} on {name}" for name, of_data in data.items())
     protocol = arms[0]["protocol"]
-    # Logs with a schema of their own have no named protocol.
-    named = protocol not in ("demo", "schema")
+    # Generated data and logs with a schema of their own have no named protocol.
+    named = protocol not in ("demo", "random", "trace", "schema")
     on = f"{_data(arms[0])}{f' (protocol {protocol})' * named}"
     both = [(_network(arm), _class(arm, "table_optimizer")) for arm in arms]
     networks, rules = (list(dict.fromkeys(part)) for part in zip(*both, strict=True))
@@ -117,6 +117,9 @@ def _digits(interval: Interval) -> int:
     reach, value = interval.high - interval.value, abs(interval.value)
     # A difference that is small against its interval has a digit that is not 0.
     certain = [1 - math.floor(math.log10(reach)) if reach > 0 else 5, -math.floor(math.log10(value)) if value else 0]
+    if interval.low * interval.high > 0:
+        # The end that is near 0 is not shown as 0, which the interval excludes.
+        certain.append(-math.floor(math.log10(min(abs(interval.low), abs(interval.high)))))
     return min(max(*certain, 3), 5)
 
 

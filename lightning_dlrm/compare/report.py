@@ -372,7 +372,7 @@ def _differences_in(metric: Metric, pairs: Sequence[Pair], minus: str) -> list[s
     for pair, shown in zip(pairs, distances(pairs), strict=True):
         word = "a side did not train" if pair.untrained else pair.word
         name, *rest = f"{pair.winner}{minus}{pair.loser}".splitlines()
-        rows.append([name, shown, p_text(pair.p_adjusted), word])
+        rows.append([name, shown, p_text(None if pair.untrained else pair.p_adjusted), word])
         rows += [[line, "", "", ""] for line in rest]
     return aligned(rows, left=(0, 3))
 

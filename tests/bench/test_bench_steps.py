@@ -356,7 +356,8 @@ def test_a_table_of_one_round_has_no_spread_and_uncertain_rows_are_counted() -> 
     said = render([row("ours", 1.0), row("peer", 2.0)])
     assert "of one round, which shows no spread" in said and said.count(" 1,230\n") == 2 and "  spread  " not in said
     said = render([row("ours", 1.0, 1.1), row("peer", 2.0, 4.0)])
-    assert said.count("The spread is the time of the slowest round minus that of the fastest.") == 1
+    assert [line.split()[3] for line in said.splitlines()[2:4]] == ["10%", "67%"]
+    assert said.count("minus that of the fastest, as a\nshare of the median.") == 1
     (warning,) = headline([row("ours", 1.0, 1.5), row("peer", 2.0, 4.0), row("baseline", 1.0, 1.1)])
     assert "(scikit-learn) differ by 67% of their median (and those of 1 other row by less)" in warning
 
@@ -365,10 +366,12 @@ def test_a_slow_profiler_is_named() -> None:
     columns = {name: dict.fromkeys(paper.OPERATORS, 1.0) for name in ("ours", "baseline")}
     steps = len(paper.OPERATORS)
     assert "warning" not in paper.render_operators("32-true", columns, {"ours": steps, "baseline": steps})
-    said = paper.render_operators("32-true", columns, {"ours": steps / 2.1, "baseline": steps})
-    assert "by a factor of over 2:\nours. The shares of the operators are" in said
+    said = paper.render_operators("32-true", columns, {"ours": steps / 5, "baseline": steps})
+    assert "under the profiler, a step of ours takes 5 times the time\n" in said and "of baseline takes" not in said
+    # The contender whose times are uncertain has no shares.
+    assert said.count("1 s  14%") == len(paper.OPERATORS) and said.count("100%") == 1
     said = paper.render_operators("32-true", columns, {"ours": 2.1 * steps, "baseline": 3 * steps})
-    assert "by a factor of over 2:\nours and baseline. The shares" in said
+    assert "a step of ours takes 0.48 times the time\n" in said and "of baseline takes 0.33 times" in said
     columns["ours"] = dict.fromkeys(paper.OPERATORS, 0.9)
     said = paper.render_operators("32-true", columns, {"ours": steps, "baseline": 0.9 * steps})
     assert "warning: ours is faster under the profiler, baseline without it." in said
@@ -382,12 +385,13 @@ def test_a_slow_profiler_is_named() -> None:
         ((1.0, 1.0, 1.0), (3.0, 3.1, 3.2), "3.1 times as fast as scikit-learn (rounds: 3 to 3.2)"),
         ((4.0, 4.2, 4.4), (1.0, 1.0, 1.0), "4.2 times slower than scikit-learn (rounds: 4 to 4.4)"),
         ((1.0, 1.0, 1.0), (0.9, 0.98, 1.1), "0.98 times as fast as scikit-learn (rounds: 0.9 to 1.1)"),
-        ((1.0, 1.0, 1.0), (2.0, 80.0, 90.0), "80 times as fast as scikit-learn (uncertain: 2 to 90)"),
-        ((1.0, 1.0, 1.0), (0.5, 0.9, 2.0), "0.9 times as fast as scikit-learn (uncertain: 0.5 to 2)"),
+        ((1.0, 1.0, 1.0), (2.0, 80.0, 90.0), "2 to 90 times as fast as scikit-learn (uncertain, median 80)"),
+        ((1.5, 2.0, 4.0), (1.0, 1.0, 1.0), "1.5 to 4 times slower than scikit-learn (uncertain, median 2)"),
+        ((1.0, 1.0, 1.0), (0.5, 0.9, 2.0), "0.5 to 2 times as fast as scikit-learn (uncertain, median 0.9)"),
     ],
 )
 def test_a_ratio_says_how_sure_it_is(ours: tuple[float, ...], peer: tuple[float, ...], said: str) -> None:
-    """A slower contender is called slower, and a ratio that the rounds contradict is called uncertain."""
+    """A slower contender is called slower, and a ratio that the rounds contradict is told as their range."""
     extra = speed_ratio("speed_over_peer", ours, peer)
     row = Measurement.of_rounds(
         ours, work="auc", case="some", implementation="ours", device="cpu", precision="", batch_size=1, samples=10,

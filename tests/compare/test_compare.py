@@ -369,7 +369,7 @@ def test_finished_runs_give_a_report(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "Two means can lie closer" not in html
     best = data.schema.optimum["test"].auc
     assert (
-        f"Demo data: generated clicks of a planted model, whose best reachable AUC on the test split is {best:.4f}"
+        f"The data are generated clicks, whose best reachable AUC on the test split is {best:.4f}"
         in (" ".join(html.split()))
     )
 
@@ -476,9 +476,9 @@ def test_a_configuration_that_did_not_train_is_no_side_of_a_comparison(
     assert "<summary>Accuracy and log loss while training</summary>" in html
     assert html.count(">click rate alone</td>") == 2 and said.count("\nclick rate alone ") == 1
     assert 'data-name="verdict">did not train</td>' in html
-    assert "<strong>DLRM and DCN by AUC: no verdict: DCN did not train</strong>: DLRM minus DCN +0." in html
+    assert "<strong>DLRM and DCN by AUC: no verdict, because DCN did not train</strong>: DLRM minus DCN +0." in html
     assert "seed_everything" not in said and "distinguishable" not in html.partition("Every difference")[2]
-    assert len(re.findall(r"^DLRM - DCN .*  a side did not train$", said, re.MULTILINE)) == 2
+    assert len(re.findall(r"^DLRM - DCN .* -  a side did not train$", said, re.MULTILINE)) == 2
     assert [pair["did_not_train"] for pair in document["pairs"]] == [["DCN"], ["DCN"]]
     assert [arm["seeds_no_better_than_random"] for arm in document["arms"]] == [[], [1, 2]]
     # The click rate is that of the training samples.
@@ -926,7 +926,7 @@ def test_other_data_are_refused_unless_forced(
     for title, run in ((one, runs[0]), (two, runs[2])):
         (samples,) = shared_samples([read_run(run)], "test").values()
         best = (
-            f"{title} is demo data: generated clicks of a planted model, whose best reachable AUC on the test split is"
+            f"The data of {title} are generated clicks, whose best reachable AUC on the test split is"
         )
         assert f"{best} {samples.best_auc:.4f}." in html
     assert len(titles) >= 8 and all("WARNING: different data" in title for title in titles.values()), titles
@@ -1007,6 +1007,7 @@ def test_a_setting_of_0_is_a_number_in_tables() -> None:
         ((0.00046, -0.01524, 0.01614), "0.0005 (-0.0152 to 0.0161)"),
         ((0.0, -0.01524, 0.01524), "0.000 (-0.015 to 0.015)"),
         ((1e-9, -0.01524, 0.01524), "0.00000 (-0.01524 to 0.01524)"),
+        ((-0.0205, -0.0406, -0.0004), "-0.0205 (-0.0406 to -0.0004)"),
     ],
 )
 def test_a_difference_has_a_digit_that_is_not_0(interval: tuple[float, float, float], shown: str) -> None:
@@ -1115,10 +1116,10 @@ def test_the_legend_of_differences_names_the_verdicts_that_are_drawn(monkeypatch
     untrained = dataclasses.replace(log_loss, untrained=["DCN"])
     for pairs, labels in (
         ([auc, log_loss], ["filled: they differ (verdict)"]),
-        ([untrained], ["open: no verdict, a side did not train"]),
+        ([untrained], ["open: no verdict, because a side did not train"]),
         ([dataclasses.replace(auc, verdict="none", single=["DCN"])], ["open: no verdict from one seed"]),
-        ([auc, untrained], ["filled: they differ (verdict)", "open: no verdict, a side did not train"]),
-        ([undecided, untrained], ["open: not distinguishable; or no verdict, a side did not train"]),
+        ([auc, untrained], ["filled: they differ (verdict)", "open: no verdict, because a side did not train"]),
+        ([undecided, untrained], ["open: not distinguishable; or no verdict, because a side did not train"]),
     ):
         found = dataclasses.replace(comparison, pairs=pairs)
         ResultDrawing(found, Path("figures"), narrow=False).differences()
