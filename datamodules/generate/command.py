@@ -400,7 +400,7 @@ def _make(
     if "train" in schema.splits:
         command = command_line("fit", "--config", "dlrm.yaml", "--data.path", str(output))
         best = schema.optimum["train"].auc
-        chance = "the labels are independent of the features (best AUC 0.5), so these data are for measuring speed, not scores:"
+        chance = "the labels are independent of the features (best AUC 0.5): use these data for speed, not scores:"
         print(command_after(chance if best == 0.5 else "train on it:", command))
     return 0
 

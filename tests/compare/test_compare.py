@@ -368,9 +368,8 @@ def test_finished_runs_give_a_report(monkeypatch: pytest.MonkeyPatch, capsys: py
     )
     assert "Two means can lie closer" not in html
     best = data.schema.optimum["test"].auc
-    assert (
-        f"The data are generated clicks, whose best reachable AUC on the test split is {best:.4f}"
-        in (" ".join(html.split()))
+    assert f"The data are generated clicks, whose best reachable AUC on the test split is {best:.4f}" in (
+        " ".join(html.split())
     )
 
 
@@ -925,9 +924,7 @@ def test_other_data_are_refused_unless_forced(
     # Of the split that is scored, each of its own data.
     for title, run in ((one, runs[0]), (two, runs[2])):
         (samples,) = shared_samples([read_run(run)], "test").values()
-        best = (
-            f"The data of {title} are generated clicks, whose best reachable AUC on the test split is"
-        )
+        best = f"The data of {title} are generated clicks, whose best reachable AUC on the test split is"
         assert f"{best} {samples.best_auc:.4f}." in html
     assert len(titles) >= 8 and all("WARNING: different data" in title for title in titles.values()), titles
     pairs = json.loads(Path("out/report.json").read_text())["pairs"]
