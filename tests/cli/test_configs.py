@@ -38,7 +38,7 @@ def test_it_opens_with_what_it_needs(name: str) -> None:
 
 
 def test_scores_in_headers_are_those_of_the_documentation() -> None:
-    page = (Path(__file__).parents[2] / "docs/performance.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/scores.md").read_text()
     scores = re.findall(r"^\| `(\w+)`.*? \| ([\d.]+) \| ([\d.]+)% \| ([\d.]+) \| ([\d.]+)% \|$", page, re.MULTILINE)
     headers = {name: (shipped_configs() / f"{name}.yaml").read_text() for name, *_ in scores}
     found = {name: re.search(r"two seeds\) (\d+)% and (\d+)%", text) for name, text in headers.items()}
