@@ -1,7 +1,8 @@
 """Fits of small networks over ranks, for test_sharded: run in each rank's process, and alone in the test's own.
 
-``python -m tests.sharded_fits FOLDER`` runs those of four, three and two ranks one after the other. Every
-rank of each number is a process of its own, forked from one that has imported everything.
+``python -m tests.sharded_fits FOLDER`` runs those of four, three and two ranks one after the other, and with ``slow``
+after the folder, those of the slow tests. Every rank of each number is a process of its own, forked from one that has
+imported everything.
 """
 
 import json
@@ -366,8 +367,9 @@ def metrics(folder: Path, name: str) -> Tensor:
     return torch.tensor([line[name] for line in lines if name in line], dtype=torch.float64)
 
 
-# All on two ranks; on three and four every second one, since each exchange costs time.
-CASES = [(fit, ranks) for ranks, fits in ((2, PARITY), (3, PARITY[::2]), (4, PARITY[1::2])) for fit in fits]
+# Each exchange costs time: by default, every second fit runs on three ranks, and the others on two.
+CASES = [(fit, 3) for fit in PARITY[::2]] + [(fit, 2) for fit in PARITY[1::2]]
+SLOW_CASES = [(fit, ranks) for ranks in (2, 3, 4) for fit in PARITY if (fit, ranks) not in CASES]
 
 
 def run_all(parent: Path) -> None:
@@ -382,6 +384,13 @@ def run_all(parent: Path) -> None:
             for half in (HALF, WIDE_HALF):
                 (for_ranks / half.name).symlink_to(parent / "4" / half.name)
         on_ranks(ranks, partial(_run_fits, fits, for_ranks, ranks))
+
+
+def run_slow(parent: Path) -> None:
+    """Every fit on the other numbers of ranks, beside those of ``run_all``."""
+    for ranks in (4, 3, 2):
+        fits = [fit for fit, of_ranks in SLOW_CASES if of_ranks == ranks]
+        on_ranks(ranks, partial(_run_fits, fits, parent / str(ranks), ranks))
 
 
 def _run_fits(fits: list[Fit], parent: Path, ranks: int, rank: int) -> None:
@@ -424,4 +433,4 @@ def _fork(rank: int, ranks: int, port: int, action: Callable[[int], None]) -> in
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run_all(Path(sys.argv[1]))
+    (run_slow if sys.argv[2:] == ["slow"] else run_all)(Path(sys.argv[1]))

@@ -39,6 +39,7 @@ from tests.sharded_fits import (
     OWN_DROPOUT,
     PARITY,
     RESUMED,
+    SLOW_CASES,
     STEPS,
     WIDE_HALF,
     WIDE_RESUMED,
@@ -58,7 +59,7 @@ pytestmark = pytest.mark.dist
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every fit alone, and on 2, 3 and 4 ranks; those on 1, 2 and 3 resume from the checkpoint of 4."""
+    """Every fit alone and on 2 or 3 ranks; those that resume on 1, 2 and 3 do so from the checkpoint of 4."""
     top = tmp_path_factory.mktemp("sharded")
     run_ranks(["-m", "tests.sharded_fits", str(top)], 1, 400)
     (top / "1").mkdir()
@@ -68,6 +69,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # Alone, all tables are on the device.
         run(replace(fit, network="dlrm") if fit.network in ("host", "cut") else fit, top / "1", 1)
     return top
+
+
+@pytest.fixture(scope="module")
+def slow_folder(folder: Path) -> Path:
+    """The same folder with every fit on 2, 3 and 4 ranks."""
+    run_ranks(["-m", "tests.sharded_fits", str(folder), "slow"], 1, 400)
+    return folder
 
 
 def tables(run_folder: Path, slot: str = "weight") -> dict[str, Tensor]:
@@ -81,8 +89,24 @@ def tables(run_folder: Path, slot: str = "weight") -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("fit", "ranks"), CASES, ids=lambda value: getattr(value, "name", str(value)))
+def named(value: object) -> str:
+    return getattr(value, "name", str(value))
+
+
+@pytest.mark.parametrize(("fit", "ranks"), CASES, ids=named)
 def test_a_fit_in_float64_is_that_of_one_process(folder: Path, fit: Fit, ranks: int) -> None:
+    assert_same_fit(folder, fit, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fit", "ranks"), SLOW_CASES, ids=named)
+def test_it_is_on_every_number_of_ranks(slow_folder: Path, fit: Fit, ranks: int) -> None:
+    assert_same_fit(slow_folder, fit, ranks)
+    if fit.recorded:
+        assert_traffic_is_logged(slow_folder, fit, ranks)
+
+
+def assert_same_fit(folder: Path, fit: Fit, ranks: int) -> None:
     alone, found = folder / "1" / fit.name, folder / str(ranks) / fit.name
     assert len(metrics(alone, "train/loss")) == STEPS
     torch.testing.assert_close(metrics(found, "train/loss"), metrics(alone, "train/loss"), rtol=1e-10, atol=0)
@@ -102,8 +126,12 @@ def test_a_fit_in_float64_is_that_of_one_process(folder: Path, fit: Fit, ranks: 
 RECORDED = [(fit, ranks) for fit, ranks in CASES if fit.recorded]
 
 
-@pytest.mark.parametrize(("fit", "ranks"), RECORDED, ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize(("fit", "ranks"), RECORDED, ids=named)
 def test_traffic_of_each_table_is_logged(folder: Path, fit: Fit, ranks: int) -> None:
+    assert_traffic_is_logged(folder, fit, ranks)
+
+
+def assert_traffic_is_logged(folder: Path, fit: Fit, ranks: int) -> None:
     """In metrics.jsonl and the summary, as counted here one index at a time."""
     run_folder, micro = folder / str(ranks) / fit.name, dict(fit.trainer).get("accumulate_grad_batches", 1)
     final = json.loads((run_folder / "summary.json").read_text())["final"]
