@@ -36,6 +36,7 @@ _OF_ONE_RUN = ("parameters", "operators")
 """Figures that do not depend on seeds."""
 SETTINGS: Any = {
     "font.size": 8, "axes.titlesize": 8, "legend.frameon": False, "hatch.linewidth": 0.6, "pdf.fonttype": 42,
+    "figure.autolayout": False, "figure.constrained_layout.use": False,
 }  # fmt: skip
 """Matplotlib's settings for all figures: letters that can be read in print, and fonts that PDF readers can search."""
 
@@ -154,15 +155,17 @@ class Drawing:
         figure.align_ylabels()
         # The legend stays where the layout puts it, although what is saved includes a line below the figure.
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        figure.set_layout_engine(None)
         for legend in figure.legends:
             legend.set_bbox_to_anchor((0, 0, 1, 1), figure.transFigure)
         figure.text(
             1, -0.04 / figure.get_figheight(), self._source(name), ha="right", va="top", fontsize=6, color="0.4"
         )
         path = self.folder / f"{file or name}.png"
+        # Computed once for both files: it takes as long as drawing one of them.
+        box = figure.get_tightbbox().padded(0.04)
         for each in (path, path.with_suffix(".pdf")):
-            figure.savefig(each, dpi=220, bbox_inches="tight", pad_inches=0.04)
+            figure.savefig(each, dpi=220, bbox_inches=box)
         if self.comparison.warnings:
             caption += " The runs are of different data: each is scored on its own."
         return Picture(name=name, path=path, width=figure.get_figwidth(), title=title, caption=caption)

@@ -758,7 +758,7 @@ def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
 
 
 def test_auc_by_group_is_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(DOT))
+    monkeypatch.setattr("lightning_dlrm.compare.command.draw_all", lambda *found: [])
     users = np.random.default_rng(0).integers(0, 60, 400)
     columns = (
         Column(name="label", role="label"),
@@ -846,8 +846,7 @@ def test_one_seed_on_one_side_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     reach = np.hypot(t * document["seed_variance"] ** 0.5, z * document["sample_variance"] ** 0.5)
     assert document["high"] - document["difference"] == pytest.approx(reach)
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(DOT))
-    parts = {arm.name: anatomy(arm.runs[0]) for arm in comparison.arms}
-    (caption,) = (p.caption for p in draw_all(comparison, parts, NO_STEPS, Path("f")) if p.name == "differences")
+    caption = ResultDrawing(comparison, Path("f")).differences().caption
     assert "interval over the seeds of each side that has several (DCN: one) and over the samples." in caption
     experiment = dataclasses.replace(comparison, experiment=True)
     for of, advice in ((comparison, "other values of seed_everything"), (experiment, "--seeds 1,2,3,4,5")):
@@ -1277,19 +1276,19 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
     (caption,) = (picture.caption for picture in pictures if picture.name == "parameters")
     assert "The tables are the same in all configurations: 26 with" in caption and len(dense) > 2
     other = dataclasses.replace(anatomy(arms[0].runs[0]), tables={"C1": 7, "own": 10**6})
-    pictures = draw_all(comparison, {"DLRM": other, "DCN": anatomy(arms[1].runs[0])}, NO_STEPS, Path("figures"))
+    of_costs = CostDrawing(comparison, Path("figures"))
+    picture = of_costs.parameters({"DLRM": other, "DCN": anatomy(arms[1].runs[0])})
     above, _ = drawn["parameters"].axes
     tables = {bar.get_facecolor() for bar in above.patches}
     assert len(tables) == 2 and not tables & dense
-    assert "the 10 largest of 27 tables" in {picture.name: picture.caption for picture in pictures}["parameters"]
+    assert "the 10 largest of 27 tables" in picture.caption
     # Configurations have the colours of the other figures, whatever their rank, and a lone bar is at its name.
     (lone,) = (bar for bar in above.patches if bar.get_width() == 10**6)
     assert lone.get_facecolor() == to_rgba(OKABE_ITO[0]) and lone.get_y() + lone.get_height() / 2 == 0
     # Configurations without a bar are in the caption, not in the legend.
     small = dataclasses.replace(other, tables={"C1": 1})
     whole = dataclasses.replace(other, tables={f"T{k}": 9 for k in range(10)})
-    pictures = draw_all(comparison, {"DLRM": small, "DCN": whole}, NO_STEPS, Path("figures"))
-    caption = {picture.name: picture.caption for picture in pictures}["parameters"]
+    caption = of_costs.parameters({"DLRM": small, "DCN": whole}).caption
     assert (
         "the 10 largest of 11 tables; DLRM: 1 table with 1 parameter in all, all smaller than these; below" in caption
     )
