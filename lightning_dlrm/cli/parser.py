@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import re
@@ -339,6 +340,14 @@ def configure_logging() -> None:
         log.setLevel(logging.WARNING)
 
 
+def plain_document(parser: CommandParser, settings: Namespace) -> dict[str, Any]:
+    """Return settings with all defaults as plain values."""
+    # They were validated when they were parsed.
+    text = parser.dump(settings, format="json", skip_unset=False, skip_validation=True)
+    document: dict[str, Any] = json.loads(text)
+    return document
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelAndData:
     """The model and the data of a configuration.
@@ -357,8 +366,7 @@ class ModelAndData:
 
     def document(self) -> dict[str, Any]:
         """Return the whole configuration with all defaults, as plain values."""
-        document: dict[str, Any] = yaml.safe_load(self.parser.dump(self.settings, skip_unset=False))
-        return document
+        return plain_document(self.parser, self.settings)
 
 
 _RUN_KEYS = ("run_dir", "resume", "allow_nonfinite", "stop_at_auc", "log_norms", "published", "checkpoint")

@@ -27,7 +27,7 @@ def configuration_text(parser: CommandParser, settings: Namespace) -> str:
     settings = settings.clone()
     settings.ckpt_path = settings.resume = settings.run_dir = None
     settings.allow_nonfinite = False
-    return parser.dump(settings, skip_unset=False)
+    return parser.dump(settings, skip_unset=False, skip_validation=True)
 
 
 def resume_requeued_job(parser: CommandParser, settings: Namespace) -> None:

@@ -11,7 +11,6 @@
 """
 
 import inspect
-import json
 import logging
 import signal
 import threading
@@ -31,7 +30,14 @@ from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.job import Job
 from lightning_dlrm.cli.launchers import check_started_processes, requeue, slurm_job, slurm_plugins
 from lightning_dlrm.cli.loggers import check_api_key, finish_loggers, make_loggers, wandb_address
-from lightning_dlrm.cli.parser import CommandParser, build_trainer_parser, configure_logging, fill_data_seed, parse
+from lightning_dlrm.cli.parser import (
+    CommandParser,
+    build_trainer_parser,
+    configure_logging,
+    fill_data_seed,
+    parse,
+    plain_document,
+)
 from lightning_dlrm.cli.predictions import PredictionWriter
 from lightning_dlrm.cli.report import (
     cells_note,
@@ -133,7 +139,7 @@ def instantiate(command: str, parser: CommandParser, settings: Namespace) -> tup
     check_early_stopping_after_validation(to_build.trainer)
     built = parser.build(to_build)
     # Checkpoints keep it, so that the module can be built from them.
-    built.model.configuration = json.loads(parser.dump(settings, format="json", skip_unset=False))["model"]
+    built.model.configuration = plain_document(parser, settings)["model"]
     trainer_settings = built.trainer.as_dict()
     # Other datamodules may give batches with groups.
     grouped = getattr(built.data, "group", "") is not None
@@ -233,7 +239,7 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
 
 def facts_of_all_ranks(job: Job) -> dict[str, Any]:
     """Return every setting by its full key, without those that may differ from rank to rank."""
-    document = json.loads(job.parser.dump(job.settings, format="json", skip_unset=False))
+    document = plain_document(job.parser, job.settings)
     return {k: v for k, v in flat(document).items() if not k.startswith(("config", "wandb.", "run_dir"))}
 
 
@@ -297,7 +303,7 @@ def attach_loggers(job: Job, trainer: pl.Trainer, given: Any) -> None:
     """Give the Trainer its loggers and W&B's callback, on rank 0; a fast_dev_run logs nothing."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    document = json.loads(job.parser.dump(job.settings, format="json", skip_unset=False))
+    document = plain_document(job.parser, job.settings)
     configuration = {**document, "lightning_dlrm": code_version()}
     trainer.loggers = make_loggers(job.command, job.folder, given, job.settings.wandb, configuration)
     for logger in trainer.loggers:

@@ -17,13 +17,23 @@ def code_version() -> dict[str, str | None]:
 
 def versions() -> dict[str, str | None]:
     """Return the versions of this project, Python, and each package that this project needs."""
+    return {
+        "lightning-dlrm": _version(),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        **_package_versions(),
+    }
+
+
+@functools.cache
+def _package_versions() -> dict[str, str]:
+    """Return the version of each package that this project needs."""
     try:
         needed = importlib.metadata.requires("lightning-dlrm") or []
     except importlib.metadata.PackageNotFoundError:
         needed = ["torch", "pytorch-lightning"]
     names = [re.split(r"[^\w.-]", line)[0] for line in needed if "extra ==" not in line]
-    packages = {name: importlib.metadata.version(name) for name in names}
-    return {"lightning-dlrm": _version(), "git_commit": _git_commit(), "python": platform.python_version(), **packages}
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _version() -> str:
