@@ -27,9 +27,9 @@ examples:
   python -m lightning_dlrm bench auc --samples 5000000 --click-rate 0.25 --rounds 5
 """
 DETAILS = """\
-Ours and scikit-learn's (the peer) are timed in turns on at most 5,000,000 samples, because scikit-learn needs about 100
-bytes a sample; if --samples is more, ours is also timed alone on all of them. Ours takes the samples in batches, as an
-evaluation collects them. The default is the size of Terabyte's held-out day.
+The AUCs of lightning_dlrm and of scikit-learn are timed in turns on at most 5,000,000 samples, because scikit-learn
+needs about 100 bytes a sample. If --samples is more, that of lightning_dlrm is also timed alone on all of them. It
+takes the samples in batches, as an evaluation collects them. The default is the size of Terabyte's held-out day.
 """
 
 _PEER_SAMPLES = 5_000_000

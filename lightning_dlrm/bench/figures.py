@@ -118,10 +118,11 @@ def draw_roofline(
         precisions: precision -> part -> its cost and the seconds that it takes.
         rates: rates of the machine.
         device: ``cpu`` or ``cuda``.
-        title: name of the benchmark.
+        title: name of the benchmark, and warnings on lines of their own.
         path: file of the figure; its suffix is the format.
     """
-    figure = Figure(figsize=(8.5, 4.4), layout="constrained")
+    title, *warnings = title.splitlines()
+    figure = Figure(figsize=(8.5, 4.4 + 0.15 * len(warnings)), layout="constrained")
     panels = figure.subplots(1, len(precisions), sharey=True, squeeze=False)[0]
     intensities = [cost.intensity for parts in precisions.values() for cost, _ in parts.values()]
     low, high = min(intensities) / 6, max(intensities) * 12
@@ -136,10 +137,10 @@ def draw_roofline(
         for marker, (part, (cost, seconds)) in zip(_MARKERS, parts.items(), strict=False):
             place = (cost.intensity, cost.flops / seconds / 1e9)
             axes.plot(*place, marker, markersize=8, color="#0072B2")
-            reached = rates.floor(cost.flops, cost.bytes, precision) / seconds
+            reached = rates.floor_of(part, cost, precision) / seconds
             marks[f"{part} {reached:.{0 if reached >= 0.01 else 1}%}"] = place
             if reached > 1:
-                above.add("memory" if cost.intensity < peak / rates.bytes else "arithmetic")
+                above.add(rates.bound_of(part, cost, precision))
         labelled.append((axes, marks, roof))
         axes.set(xscale="log", yscale="log", xlabel="floating-point operations\nper byte moved to or from memory")
         axes.margins(y=0.2)
@@ -155,7 +156,7 @@ def draw_roofline(
         "memory bandwidth where it rises, arithmetic where it is flat",
         *(reason for bound, reason in _ABOVE.items() if bound in above),
     ]
-    figure.supxlabel(";\n".join(notes), fontsize=8, color="0.35")
+    figure.supxlabel("\n".join([";\n".join(notes), *warnings]), fontsize=8, color="0.35")
     figure.draw_without_rendering()
     for (axes, marks, roof), precision in zip(labelled, precisions, strict=True):
         _label(axes, marks, roof, _limits(axes, rates, precision, roof))

@@ -26,6 +26,7 @@ from lightning_dlrm.bench.contenders import (
     repeat,
 )
 from lightning_dlrm.bench.measurement import (
+    FLOOR,
     Implementation,
     Measurement,
     add_data,
@@ -55,16 +56,17 @@ The model is the paper's DLRM (540 million parameters on the demo data), trained
 or checkpoints.
 
 what is timed, in turns:
-  ours, fit             the command fit in a process of its own: Lightning, metrics every 100 steps, progress, W&B
-                        offline, the stream
-  ours, bare loop       the same step in a plain for loop over the same stream
-  baseline, plain loop  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, over the same stream
-  peer, whole program   with --peer, dlrm_s_pytorch.py of a checkout of facebookresearch/dlrm with its own loader, in
-                        float32, on the same rows
+  fit            lightning_dlrm: the command fit in a process of its own, with Lightning, metrics every 100 steps,
+                 progress, W&B offline, the stream
+  bare loop      lightning_dlrm: the same step in a plain for loop over the same stream
+  plain loop     plain PyTorch: one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, over the same stream
+  whole program  with --peer, dlrm_s_pytorch.py of a checkout of facebookresearch/dlrm with its own loader, in float32,
+                 on the same rows
 
 Each contender makes its steps twice in a round, and the second time counts, because a fit does not share the
 processor's caches with other models. Each has the model in memory, 2 GiB for each of three to five contenders.
 """
+DETAILS += FLOOR
 
 WARM_UP_STEPS = 20
 """Steps of a fit before the first round."""
@@ -80,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     add_steps(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="data.threads of the fit (default: that of fit)")
-    parser.add_argument("--compile", action="store_true", help="compile the step of ours, as model.compile does")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the fit and the bare loop, as model.compile does"
+    )
     add_peer_python(parser)
 
 

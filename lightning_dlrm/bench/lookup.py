@@ -15,6 +15,7 @@ from lightning_dlrm.bench import roofline
 from lightning_dlrm.bench.contenders import PlainBatch, PlainTables, Workload, draw_batch, repeat
 from lightning_dlrm.bench.measurement import (
     DEFAULT,
+    FLOOR,
     Implementation,
     Measurement,
     add_device_arguments,
@@ -40,13 +41,14 @@ examples:
 """
 DETAILS = """\
 what is timed, in turns, with log-uniform ids (low ids are frequent):
-  ours      one fused table, row-wise Adagrad, with the kernels of --kernels
-  baseline  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.Adagrad
-  peer      FBGEMM's table-batched embedding with its fused row-wise Adagrad, if it is installed (pip install
-            'lightning-dlrm[fbgemm]')
+  lightning_dlrm  one fused table, row-wise Adagrad, with the kernels of --kernels
+  plain PyTorch   one nn.EmbeddingBag(sparse=True) for each table, torch.optim.Adagrad
+  FBGEMM          its table-batched embedding with its fused row-wise Adagrad, if it is installed (pip install
+                  'lightning-dlrm[fbgemm]')
 
 With bf16-mixed, vectors and their gradients are bfloat16, as under autocast; tables stay float32.
 """
+DETAILS += FLOOR
 
 _LEARNING_RATE = 0.01
 _EPSILON = 1e-8
@@ -65,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ids of a lookup, uniform (default: one each)",
     )
     add_steps(parser)
-    parser.add_argument("--kernels", default="auto", choices=get_args(Kernels), help=f"kernels of ours {DEFAULT}")
+    parser.add_argument(
+        "--kernels", default="auto", choices=get_args(Kernels), help=f"kernels of lightning_dlrm {DEFAULT}"
+    )
 
 
 def run(args: argparse.Namespace) -> list[Measurement]:
@@ -130,7 +134,9 @@ def _floor(workload: Workload, batches: list[Any], rates: roofline.MachineRates,
     tables = roofline.costs(workload, batches, precision)["tables"]
     distinct = sum(roofline.distinct_rows(workload, batch) for batch in batches) / len(batches)
     flops, moved = 5 * distinct * workload.width, distinct * 4 * (3 * workload.width + 2)
-    return rates.floor(tables.flops, tables.bytes, precision) + rates.floor(flops, moved, precision)
+    return rates.floor_of("tables", tables, precision) + rates.floor_of(
+        "update", roofline.Cost(flops, moved), precision
+    )
 
 
 class _Ours:

@@ -27,9 +27,15 @@ from lightning_dlrm.kernels.choice import choose
 PRECISIONS = ("32-true", "bf16-mixed")
 DEFAULT = "(default: %(default)s)"
 RATIOS = """
-Every round times all contenders; a ratio is the median of the rounds' ratios, with the lowest and the highest.
+Every round times all contenders; a ratio is the median of the rounds' ratios, with the lowest and the highest. Above a
+spread of 25% of the median, times and ratios are called uncertain.
 """
 """Help of benchmarks that compare contenders."""
+FLOOR = """
+The floor is the sum, over the parts of the model, of the least time that their operations or their memory traffic take
+at the rates of this machine, which are measured in the same run.
+"""
+"""Help of benchmarks with a floor."""
 
 
 def add_rounds(parser: argparse.ArgumentParser, rounds: int = 5) -> None:
@@ -118,7 +124,7 @@ def check(args: argparse.Namespace) -> torch.device:
     check_peer(args, "dlrm_s_pytorch.py")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch finds no CUDA device here: use --device cpu")
-    print(f"kernels of ours: {choose(getattr(args, 'kernels', 'auto'), args.device, torch.float32)}")
+    print(f"kernels of lightning_dlrm: {choose(getattr(args, 'kernels', 'auto'), args.device, torch.float32)}")
     return torch.device(args.device)
 
 

@@ -19,6 +19,7 @@ from lightning_dlrm.bench.measurement import (
     check,
     duration,
 )
+from lightning_dlrm.bench.rendering import is_uncertain
 from lightning_dlrm.bench.roofline import Part
 from lightning_dlrm.bench.step import StepKey
 from lightning_dlrm.contracts.errors import UserError
@@ -133,14 +134,16 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     for precision, of_parts in parts.items():
         named = {_SHOWN[key[0]]: key for key in typical if key[1] == precision}
         operators = {name: _operators(typical[key]) for name, key in named.items()}
-        print(render_operators(precision, operators, {name: unprofiled[key] for name, key in named.items()}))
-        print(render_roofline(precision, of_parts, rates))
+        timed = {name: unprofiled[key] for name, key in named.items()}
+        print(render_operators(precision, operators, timed))
+        print(render_roofline(precision, of_parts, rates, timed[_SHOWN["ours"]]))
     if args.plot is not None:
         bars = {
             f"{_SHOWN[key[0]]}\n{key[1]}": (_operators(step_parts), unprofiled[key])
             for key, step_parts in typical.items()
         }
-        _draw(args, f"{title}, batch {args.batch_size:,}", bars, parts, rates)
+        doubts = ["The rounds differ much: these times are uncertain."] * any(map(is_uncertain, totals))
+        _draw(args, "\n".join([f"{title}, batch {args.batch_size:,}", *doubts]), bars, parts, rates)
     return totals + _operator_rows(args, profiles)
 
 
@@ -155,7 +158,7 @@ def _draw(
 
     Args:
         args: the command's options.
-        title: of both figures.
+        title: of both figures, and doubts about the times on lines of their own.
         bars: label -> seconds of each operator, and of a step without the profiler.
         parts: see ``draw_roofline``.
         rates: rates of the device.
@@ -170,9 +173,16 @@ def _draw(
         {one_line[label]: sum(of_step.values()) for label, of_step in operators.items()},
         {one_line[label]: seconds for label, seconds in unprofiled.items()},
     )
-    draw_breakdown(operators, unprofiled, "\n".join([f"{title}, {DEVICES[args.device]}", *warnings]), args.plot)
+    title, *doubts = title.splitlines()
+    lines = [f"{title}, {DEVICES[args.device]}", *doubts, *warnings]
+    draw_breakdown(operators, unprofiled, "\n".join(lines), args.plot)
     roofline_file = args.plot.with_stem(args.plot.stem + "-roofline")
-    draw_roofline(parts, rates, args.device, title, roofline_file)
+    far = any(
+        _changed_by_profiler({p: _step_of(of_parts)}, {p: unprofiled[f"{_SHOWN['ours']}\n{p}"]})
+        for p, of_parts in parts.items()
+    )
+    doubts += ["The profiler changes the time of a step much: these speeds are uncertain."] * far
+    draw_roofline(parts, rates, args.device, "\n".join([title, *doubts]), roofline_file)
     print(f"figures: {args.plot}, {roofline_file}")
 
 
@@ -247,6 +257,11 @@ def render_operators(
     return "\n".join(["", *aligned(cells, left=(0,)), *notes, *_profiler_warnings(steps, unprofiled), ""])
 
 
+def _step_of(parts: PartTimes) -> float:
+    """Return the seconds of the parts together."""
+    return sum(seconds for _, seconds in parts.values())
+
+
 def _changed_by_profiler(steps: Mapping[str, float], unprofiled: Mapping[str, float]) -> dict[str, float]:
     """Return the contenders whose step takes much more or much less time under the profiler, with the factor.
 
@@ -276,24 +291,33 @@ def _profiler_warnings(steps: Mapping[str, float], unprofiled: Mapping[str, floa
     return warnings
 
 
-def render_roofline(precision: str, parts: PartTimes, rates: roofline.MachineRates) -> str:
-    """Return a table of what bounds each part of ours, and the share of that bound that it reaches."""
+def render_roofline(precision: str, parts: PartTimes, rates: roofline.MachineRates, unprofiled: float) -> str:
+    """Return a table of what bounds each part of ours, and the share of that bound that it reaches.
+
+    Args:
+        precision: precision of the step.
+        parts: costs and times under the profiler.
+        rates: rates of the machine.
+        unprofiled: seconds of a step without the profiler.
+    """
     cells = [(precision, "MFLOP", "MB", "FLOP/byte", "bound by", "floor", "takes", "reaches")]
     for part, (cost, seconds) in parts.items():
-        floor = rates.floor(cost.flops, cost.bytes, precision)
+        floor = rates.floor_of(part, cost, precision)
         cells.append(
             (
                 part,
                 f"{cost.flops / 1e6:,.{0 if cost.flops >= 1e7 else 1}f}",
                 f"{cost.bytes / 1e6:,.1f}",
                 f"{cost.intensity:.3g}",
-                "memory" if cost.intensity < rates.flops[precision] / rates.bytes else "arithmetic",
+                rates.bound_of(part, cost, precision),
                 duration(floor),
                 duration(seconds),
                 f"{floor / seconds:.{0 if floor / seconds >= 0.01 else 1}%}",
             )
         )
     notes = ["Of lightning_dlrm; reaches: floor / takes. 100% is the limit of this machine."]
-    if any(rates.floor(cost.flops, cost.bytes, precision) > seconds for cost, seconds in parts.values()):
+    if any(rates.floor_of(part, cost, precision) > seconds for part, (cost, seconds) in parts.items()):
         notes.append("Above 100%: data were in caches, or a limit was measured too low.")
+    if _changed_by_profiler({"": _step_of(parts)}, {"": unprofiled}):
+        notes.append("The profiler changes the time of a step much, so these numbers are uncertain.")
     return "\n".join([*aligned(cells, left=(0, 4)), *notes, ""])

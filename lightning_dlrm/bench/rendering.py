@@ -74,19 +74,13 @@ def headline(rows: Sequence[Measurement]) -> list[str]:
     lines = []
     for row in compared[:_MOST_RESULTS]:
         whole = [_words(row, name) for name in _TIMES if name.endswith("_for_1000") and name in row.extra]
-        time = whole[0] if whole else f"{duration(row.median_s)} for {row.samples:,} samples"
+        about = "about " * is_uncertain(row)
+        time = about + (whole[0] if whole else f"{duration(row.median_s)} for {row.samples:,} samples")
         ratios = [_comparison(row, name) for name in _RATIOS if name in row.extra]
         lines.append(f"{row.case}: {_name(row)} takes {', '.join([time, *ratios])}")
     measured = [row for row in rows if row.shown and not row.error and row.median_s]
-    uncertain = [row for row in measured if row.spread_s / row.median_s > _LARGE_SPREAD]
-    if uncertain:
-        worst = max(uncertain, key=lambda row: row.spread_s / row.median_s)
-        more = f" (and those of {counted(len(uncertain) - 1, 'other row')} by less)" if len(uncertain) > 1 else ""
-        lines.append(
-            f"warning: the rounds of {worst.case} ({_name(worst)}) differ by "
-            f"{worst.spread_s / worst.median_s:.0%} of their median{more}. The "
-            "result is uncertain: stop other work on this machine, or give more --rounds"
-        )
+    if warning := _uncertainty(measured):
+        lines.append(warning)
     shares = [row.extra["of_bare_loop"] for row in measured if "of_bare_loop" in row.extra]
     if shares and max(shares) > _MOST_OF_LOOP:
         lines.append(
@@ -94,6 +88,26 @@ def headline(rows: Sequence[Measurement]) -> list[str]:
             "other work disturbed the measurement: stop it, or give more --rounds"
         )
     return lines
+
+
+def is_uncertain(row: Measurement) -> bool:
+    """Return whether the times of the rounds differ much."""
+    return row.spread_s > _LARGE_SPREAD * row.median_s
+
+
+def _uncertainty(measured: Sequence[Measurement]) -> str:
+    """Return a warning if times or ratios are uncertain; empty if they are not."""
+    do = "Stop other work on this machine, or give more --rounds"
+    if uncertain := [row for row in measured if is_uncertain(row)]:
+        worst = max(uncertain, key=lambda row: row.spread_s / row.median_s)
+        more = f" (and those of {counted(len(uncertain) - 1, 'other row')} by less)" if len(uncertain) > 1 else ""
+        return (
+            f"warning: the times are uncertain: the rounds of {worst.case} ({_name(worst)}) differ by "
+            f"{worst.spread_s / worst.median_s:.0%} of their median{more}. {do}"
+        )
+    if any(_range(row, name) and not _is_sure(row, name) for row in measured for name in _RATIOS):
+        return f"warning: a ratio differs by more than {_LARGE_SPREAD:.0%} between the rounds. {do}"
+    return ""
 
 
 def render(rows: Sequence[Measurement]) -> str:
@@ -142,13 +156,19 @@ def _notes(shown: Sequence[Measurement]) -> list[str]:
     else:
         lines = ["Times are of one round, which shows no spread; less is better."]
     if any(_range(row, name) for row in shown for name in _RATIOS):
-        lines.append("A ratio is the median of the rounds' ratios, whose range is in brackets.")
+        lines += [
+            "A ratio is the median of the ratios of the rounds, and not the ratio of the",
+            "medians. In brackets is its range over the rounds; an uncertain ratio is given",
+            "as this range, with its median in brackets.",
+        ]
     if any(row.floor_s is not None for row in shown):
         lines += [
             "The floor is the least time of this work on this machine; x floor is median /",
             "floor, and 1 is the limit. It is large if tensors are small: then most of the",
             "time is taken by starting operators.",
         ]
+    if any(row.floor_s is not None and row.median_s < row.floor_s for row in shown):
+        lines.append("Below 1: data were in caches, or a limit was measured too low.")
     return lines
 
 
@@ -191,35 +211,15 @@ def _is_sure(row: Measurement, name: str) -> bool:
 
 def _comparison(row: Measurement, name: str) -> str:
     """Return a ratio of speeds in words: its median first if it is sure, otherwise its range over the rounds."""
-    amount, what = (_share, _SHARES[name]) if name in _SHARES else (_speed, _SPEEDS[name])
-    what = what.format(**_others(row.work))
-    value, range_ = row.extra[name], _range(row, name)
+    is_share = name in _SHARES
+    words = (f"of {_SHARES[name]}" if is_share else f"times as fast as {_SPEEDS[name]}").format(**_others(row.work))
+    value, range_ = (f"{row.extra[name]:.0%}" if is_share else _three_digits(row.extra[name])), _range(row, name)
     if range_ is None:
-        ratio, words = amount(value, value)
-        return f"{ratio} {words} {what}" + " (uncertain: one round)" * (not row.spread_s)
-    # The range and the median are told in the same direction: a range may reach from slower to faster.
-    (rounds, words), is_slower = amount(*range_), range_[1] < 1
-    median = amount(value, value)[0] if is_slower or amount is _share else _three_digits(value)
+        return f"{value} {words}" + " (uncertain: one round)" * (not row.spread_s)
+    rounds = " to ".join(dict.fromkeys(f"{end:.0%}" if is_share else _three_digits(end) for end in range_))
     if _is_sure(row, name):
-        return f"{median} {words} {what} (rounds: {rounds})"
-    return f"{rounds} {words} {what} (uncertain, median {median})"
-
-
-def _share(low: float, high: float) -> tuple[str, str]:
-    """Return a range of shares, or one share, and the words that follow it."""
-    return " to ".join(dict.fromkeys((f"{low:.0%}", f"{high:.0%}"))), "of"
-
-
-def _speed(low: float, high: float) -> tuple[str, str]:
-    """Return a range of ratios of speeds, or one ratio, and the words that follow it.
-
-    >>> _speed(0.8, 1.1), _speed(0.5, 0.8)
-    (('0.8 to 1.1', 'times as fast as'), ('1.25 to 2', 'times slower than'))
-    """
-    is_slower = high < 1
-    words = "times slower than" if is_slower else "times as fast as"
-    ends = (1 / high, 1 / low) if is_slower else (low, high)
-    return " to ".join(dict.fromkeys(map(_three_digits, ends))), words
+        return f"{value} {words} (rounds: {rounds})"
+    return f"{rounds} {words} (uncertain, median {value})"
 
 
 def _three_digits(number: float) -> str:

@@ -55,16 +55,29 @@ class MachineRates:
         """Return the least seconds of some operations and bytes moved, if the two overlap completely."""
         return max(flops / self.flops[precision], moved / self.bytes)
 
+    def floor_of(self, part: Part, cost: Cost, precision: str) -> float:
+        """Return the least seconds of a part of a step."""
+        return self.floor(cost.flops, cost.bytes, precision_of(part, precision))
+
+    def bound_of(self, part: Part, cost: Cost, precision: str) -> Literal["memory", "arithmetic"]:
+        """Return what bounds a part of a step."""
+        return "memory" if cost.intensity < self.flops[precision_of(part, precision)] / self.bytes else "arithmetic"
+
     def __str__(self) -> str:
         products = ", ".join(f"{rate / 1e9:.3g} GFLOP/s in {precision}" for precision, rate in self.flops.items())
         return f"floors from rates measured now: {products}, {self.bytes / 1e9:.3g} GB/s"
 
 
+def precision_of(part: Part, precision: str) -> str:
+    """Return the precision of a part's arithmetic: table rows and updates of parameters are always float32."""
+    return "32-true" if part in ("tables", "update") else precision
+
+
 def measure_rates(device: torch.device, precisions: Iterable[str]) -> MachineRates:
-    """Measure the rates: the best of several tries of each."""
+    """Measure the rates, of float32 and of the given precisions: the best of several tries of each."""
     flops = {
         precision: _product_rate(torch.bfloat16 if precision == "bf16-mixed" else torch.float32, device)
-        for precision in precisions
+        for precision in dict.fromkeys(["32-true", *precisions])
     }
     source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 27) // 4, device=device)
     target = torch.empty_like(source)
@@ -111,7 +124,7 @@ def costs(workload: Workload, batches: Sequence[Batch], precision: str) -> dict[
 
 def floor(workload: Workload, batches: Sequence[Batch], rates: MachineRates, precision: str) -> float:
     """Return the least seconds of a step, whose parts run one after the other."""
-    return sum(rates.floor(c.flops, c.bytes, precision) for c in costs(workload, batches, precision).values())
+    return sum(rates.floor_of(part, c, precision) for part, c in costs(workload, batches, precision).items())
 
 
 def distinct_rows(workload: Workload, batch: Batch) -> int:

@@ -25,6 +25,7 @@ from lightning_dlrm.bench.contenders import (
 )
 from lightning_dlrm.bench.measurement import (
     DEFAULT,
+    FLOOR,
     Implementation,
     Measurement,
     add_device_arguments,
@@ -49,13 +50,11 @@ examples:
 """
 DETAILS = """\
 what is timed, in turns, on the same batches, with plain SGD:
-  ours      the step of fit, without Lightning
-  baseline  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, an eager loop
-  peer      with --peer, the network and loss of a checkout of facebookresearch/dlrm, in float32
-
-The floor is the sum, over the parts of the model, of the least time that their operations or their memory traffic take
-at the rates of this machine, which are measured in the same run.
+  lightning_dlrm         the step of fit, without Lightning
+  plain PyTorch          one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, an eager loop
+  facebookresearch/dlrm  with --peer, the network and loss of a checkout, in float32
 """
+DETAILS += FLOOR
 
 MODELS: Mapping[str, Callable[[int | None], Workload]] = {
     "dlrm": kaggle,

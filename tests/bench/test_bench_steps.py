@@ -169,9 +169,11 @@ def test_rows_have_the_promised_fields(
         assert set(row) >= FIELDS and row["work"] == arguments[0] and row["batch_size"] == 16
         assert row["samples_per_s"] == pytest.approx(16 / row["median_s"]) and row["floor_s"] > 0
     said = capsys.readouterr().out.splitlines()
-    compared = r"(as fast as|slower than) plain PyTorch"
-    assert re.search(rf"batch 16, 32-true, cpu: lightning_dlrm takes .* for 16 samples, .* {compared}", said[0])
-    assert any(line.startswith("A ratio is the median of the rounds' ratios") for line in said)
+    compared = r"times as fast as plain PyTorch"
+    assert re.search(
+        rf"batch 16, 32-true, cpu: lightning_dlrm takes (about )?[\d.]+ .* for 16 samples, .* {compared}", said[0]
+    )
+    assert any(line.startswith("A ratio is the median of the ratios") for line in said)
     assert arguments[0] == "lookup" or said[0].startswith("dlrm, tables of at most 50 rows, batch 16, ")
 
 
@@ -316,7 +318,7 @@ def test_what_is_known_before_the_first_result_is_kept(
     assert known["command"].startswith("python -m lightning_dlrm bench step --device cpu --precision 32-true ")
     first, kernels, *_, of_machine, command = capsys.readouterr().out.splitlines()
     assert first == "bench step failed before its first result"
-    assert kernels.startswith("kernels of ours: ")
+    assert kernels.startswith("kernels of lightning_dlrm: ")
     assert (of_machine, command) == (f"machine: {known['machine']}", f"command: {known['command']}")
 
 
@@ -360,6 +362,30 @@ def test_a_table_of_one_round_has_no_spread_and_uncertain_rows_are_counted() -> 
     assert said.count("minus that of the fastest, as a\nshare of the median.") == 1
     (warning,) = headline([row("ours", 1.0, 1.5), row("peer", 2.0, 4.0), row("baseline", 1.0, 1.1)])
     assert "(scikit-learn) differ by 67% of their median (and those of 1 other row by less)" in warning
+    # Steady times can have an uncertain ratio.
+    steady = row("ours", 1.0, 1.2)
+    steady = replace(steady, extra=speed_ratio("speed_over_peer", (1.0, 1.2), (1.2, 1.0)))
+    result, warning = headline([steady])
+    assert "takes 1.1 s for 10 samples, 0.833 to 1.2 times as fast as" in result
+    assert warning.startswith("warning: a ratio differs by more than 25% between the rounds. Stop other work")
+    assert "takes about 1.25 s" in headline([replace(row("ours", 1.0, 1.5), extra=steady.extra)])[0]
+
+
+def test_rows_and_updates_are_bound_in_float32() -> None:
+    """In bfloat16, only the matrix products are; a processor without its instructions multiplies slowly in it."""
+    rates = roofline.MachineRates({"32-true": 100e9, "bf16-mixed": 1e9}, 10e9)
+    cost = roofline.Cost(5e9, 1e9)
+    bounds = {part: rates.bound_of(part, cost, "bf16-mixed") for part in roofline.PARTS}
+    assert {part for part, bound in bounds.items() if bound == "memory"} == {"tables", "update"}
+    assert rates.floor_of("update", cost, "bf16-mixed") == 0.1 and rates.floor_of("top MLP", cost, "bf16-mixed") == 5.0
+    parts = {"update": (cost, 1.0), "top MLP": (cost, 6.0)}
+    (update,) = (
+        line for line in paper.render_roofline("bf16-mixed", parts, rates, 7.0).splitlines() if "update" in line
+    )
+    assert "memory" in update and update.endswith(" 10%")
+    doubt = "The profiler changes the time of a step much"
+    assert doubt in paper.render_roofline("bf16-mixed", parts, rates, 1.0)
+    assert doubt not in paper.render_roofline("bf16-mixed", parts, rates, 7.0)
 
 
 def test_a_slow_profiler_is_named() -> None:
@@ -381,17 +407,17 @@ def test_a_slow_profiler_is_named() -> None:
     ("ours", "peer", "said"),
     [
         ((1.0,), (3.0,), "3 times as fast as scikit-learn (uncertain: one round)"),
-        ((4.06,), (1.0,), "4.06 times slower than scikit-learn (uncertain: one round)"),
+        ((4.06,), (1.0,), "0.246 times as fast as scikit-learn (uncertain: one round)"),
         ((1.0, 1.0, 1.0), (3.0, 3.1, 3.2), "3.1 times as fast as scikit-learn (rounds: 3 to 3.2)"),
-        ((4.0, 4.2, 4.4), (1.0, 1.0, 1.0), "4.2 times slower than scikit-learn (rounds: 4 to 4.4)"),
+        ((4.0, 4.2, 4.4), (1.0, 1.0, 1.0), "0.238 times as fast as scikit-learn (rounds: 0.227 to 0.25)"),
         ((1.0, 1.0, 1.0), (0.9, 0.98, 1.1), "0.98 times as fast as scikit-learn (rounds: 0.9 to 1.1)"),
         ((1.0, 1.0, 1.0), (2.0, 80.0, 90.0), "2 to 90 times as fast as scikit-learn (uncertain, median 80)"),
-        ((1.5, 2.0, 4.0), (1.0, 1.0, 1.0), "1.5 to 4 times slower than scikit-learn (uncertain, median 2)"),
+        ((1.5, 2.0, 4.0), (1.0, 1.0, 1.0), "0.25 to 0.667 times as fast as scikit-learn (uncertain, median 0.5)"),
         ((1.0, 1.0, 1.0), (0.5, 0.9, 2.0), "0.5 to 2 times as fast as scikit-learn (uncertain, median 0.9)"),
     ],
 )
 def test_a_ratio_says_how_sure_it_is(ours: tuple[float, ...], peer: tuple[float, ...], said: str) -> None:
-    """A slower contender is called slower, and a ratio that the rounds contradict is told as their range."""
+    """A ratio that the rounds contradict is given as their range."""
     extra = speed_ratio("speed_over_peer", ours, peer)
     row = Measurement.of_rounds(
         ours, work="auc", case="some", implementation="ours", device="cpu", precision="", batch_size=1, samples=10,
