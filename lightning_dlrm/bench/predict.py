@@ -145,14 +145,14 @@ def count_launches(workload: Workload) -> int:
 
 
 def render_predictions(predictions: Iterable[tuple[str, str, Prediction, float]]) -> str:
-    """Return a table of (name, asked, prediction, predicted samples a second)."""
-    cells = [("row", "batch", "asked", "predicted", "device", "host", "GFLOP", "GB", "launches", "bound by")]
-    for name, asked, found, rate in predictions:
+    """Return a table of (name, target, prediction, predicted samples a second)."""
+    cells = [("row", "batch", "target", "predicted", "device", "host", "GFLOP", "GB", "operators", "bound by")]
+    for name, target, found, rate in predictions:
         cells.append(
             (
                 name,
                 f"{found.batch_size:,}",
-                asked,
+                target,
                 f"{rate / 1e6:.1f}M samples/s",
                 f"{found.device_s * 1e3:.2f} ms",
                 f"{found.host_s * 1e3:.2f} ms",
