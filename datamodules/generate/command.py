@@ -399,9 +399,8 @@ def _make(
     report()
     if "train" in schema.splits:
         command = command_line("fit", "--config", "dlrm.yaml", "--data.path", str(output))
-        best = schema.optimum["train"].auc
         chance = "the labels are independent of the features (best AUC 0.5): use these data for speed, not scores:"
-        print(command_after(chance if best == 0.5 else "train on it:", command))
+        print(command_after(chance if schema.optimum["train"].auc == 0.5 else "train on it:", command))
     return 0
 
 
@@ -419,8 +418,7 @@ def _run_tsv(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     for path, size in zip(args.output, sizes, strict=True):
         print(f"{path}: {binary_size(size)}")
-    # A shorter time has no rate that means something.
-    rate = f" after {seconds:.1f} s ({format_rate(settings.rows / seconds)} rows/s)" if seconds >= 1 else ""
+    rate = f" after {seconds:.1f} s ({format_rate(settings.rows / seconds)} rows/s)" * (seconds >= 1)
     print(f"{counted(settings.rows, 'row')}{rate}")
     options = ["--dataset", args.dataset, "--protocol", "dlrm", "--input", *map(str, args.output), "--output", "DIR"]
     print(command_after("preprocess them:", command_line("preprocess", *options)))
