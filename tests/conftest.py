@@ -24,6 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.disable()
     import torch
 
+    if hasattr(config, "workerinput"):
+        # Threads of test processes that share the cores wait for each other.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.workerinput["workercount"]))
     if not torch.cuda.is_available():
         # Triton looks at this when it is first imported, which Lightning does: its kernels then run on the CPU, for
         # tests of the fused kernels.

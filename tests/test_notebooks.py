@@ -47,6 +47,7 @@ def pictures(notebook: nbformat.NotebookNode) -> list[int]:
     return [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in cells]
 
 
+@pytest.mark.slow
 @pytest.mark.notebooks
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
