@@ -28,7 +28,7 @@ from lightning_dlrm.contracts.schema import DatasetSchema
 from tests.caches import new_cache
 from tests.engine.test_finished import checksums
 from tests.engine.test_guards import wreck
-from tests.forked import ForkedPython
+from tests.forked import ForkedPython, interpreter
 
 REPOSITORY = Path(__file__).parents[2]
 SAMPLE = REPOSITORY.parent / "shared/criteo_terabyte_sample/day_0"
@@ -55,7 +55,7 @@ def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factor
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "lightning_dlrm", *arguments]
+    return [interpreter(), "-m", "lightning_dlrm", *arguments]
 
 
 def losses(run: str) -> dict[int, float]:
@@ -157,7 +157,7 @@ def test_demo_fit_as_a_process_says_what_it_is() -> None:
         assert Path("run", name).is_file()
     records = subprocess.run(
         [
-            sys.executable,
+            interpreter(),
             "-m",
             "wandb",
             "leet",
