@@ -197,6 +197,7 @@ def table_loads(
                 table_rows=table.rows,
                 width=lookup.width,
                 bytes_per_row=bytes_per_row,
+                element_bytes=row.element_size(),
                 indices_per_sample=indices.get(table.name.partition("/")[0], 1.0),
                 factors=bool(schema.by_role("weights")),
                 may_pool=lookup.may_pool,

@@ -126,7 +126,7 @@ def _check_room(tables: Sequence[TableLoad], limits: Sequence[float]) -> None:
     count = math.ceil(missing / largest) if largest else 0
     more = f"{counted(count, 'more rank')} of {format_bytes(largest)}" if largest else "ranks with memory"
     # RowWiseAdagrad has one number for each row.
-    stateful = any(table.bytes_per_row > 4 * (table.width + 1) for table in tables)
+    stateful = any(table.bytes_per_row > table.element_bytes * (table.width + 1) for table in tables)
     less_state = "an optimizer with less state (RowWiseAdagrad), or " * stateful
     raise UserError(
         f"the tables and their optimizer state take {format_bytes(needed)}, but {counted(len(limits), 'rank')} "

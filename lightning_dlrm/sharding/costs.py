@@ -28,6 +28,8 @@ class TableLoad:
     """D, elements of a row's vector."""
     bytes_per_row: int
     """Parameters and optimizer state."""
+    element_bytes: int = 4
+    """Bytes of an element of parameters and optimizer state."""
     indices_per_sample: float = 1.0
     """Mean number of rows that a sample looks up."""
     factors: bool = False

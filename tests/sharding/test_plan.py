@@ -266,8 +266,9 @@ def test_what_does_not_fit_says_by_how_much() -> None:
         UserError, match=r"take 19\.53 KiB, but 2 ranks together have 11\.72 KiB, 7\.812 KiB too few: give 2 more"
     ):
         make_plan(loads((1000,), 4), 2, 8, memory=6000)
-    for state, advice in ((4, r"each rank, or a smaller width"), (16, r"less state \(RowWiseAdagrad\), or a smaller")):
-        table = TableLoad(name="C1", rows=1000, width=4, bytes_per_row=16 + state)
+    no_less, less = r"each rank, or a smaller width", r"less state \(RowWiseAdagrad\), or a smaller"
+    for element, state, advice in ((4, 4, no_less), (4, 16, less), (8, 0, no_less), (8, 8, no_less), (8, 32, less)):
+        table = TableLoad(name="C1", rows=1000, width=4, bytes_per_row=4 * element + state, element_bytes=element)
         with pytest.raises(UserError, match=advice):
             make_plan([table], 2, 8, memory=6000)
     with pytest.raises(UserError, match="memory is given for 2 ranks, but there are 3"):
