@@ -30,10 +30,10 @@ WORKS: dict[str, str] = {
     "step": "a training step on batches in memory",
     "fit": "a whole fit from a dataset folder, against bare loops",
     "paper": "the benchmark of the DLRM paper, section 5.2",
-    "gpu": "everything for one GPU, in one call",
+    "gpu": "all of these for one GPU, in one call",
     "auc": "the exact AUC, against scikit-learn",
     "sharding": "training steps with tables in pieces on several processes",
-    "trace": "the profiling and generation of accesses",
+    "trace": "the profiles of accesses to tables, and the accesses generated from them",
     "loader": "the reading of a dataset, against bare Parquet decoding",
     "preprocess": "raw text to a dataset folder: speed, memory and disk",
 }

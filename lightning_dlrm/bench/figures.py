@@ -1,6 +1,7 @@
 """Figures of ``bench paper``, which are also readable in black and white."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise, product
 from pathlib import Path
@@ -41,6 +42,8 @@ _ABOVE = {
     "arithmetic": "above 100% where it is flat: the peak, of one square product, was measured too low",
 }
 """What bounds a part -> why it can be above its bound."""
+_DOUBTFUL = "#B34700"
+"""Colour of text below which numbers are uncertain."""
 _MARK_PX = 6.0
 """Half of a mark's width, pixels."""
 _FAR_PX = 8.0
@@ -49,14 +52,19 @@ _TITLE: dict[str, Any] = {"fontsize": 12, "weight": "bold", "x": 0.01, "ha": "le
 
 
 def draw_breakdown(
-    columns: Mapping[str, Mapping[str, float]], unprofiled: Mapping[str, float], title: str, path: Path
+    columns: Mapping[str, Mapping[str, float]],
+    unprofiled: Mapping[str, float],
+    title: str,
+    doubts: Sequence[str],
+    path: Path,
 ) -> None:
     """Draw the time of a step as stacked bars.
 
     Args:
         columns: contender -> operator -> seconds of a step under the profiler.
         unprofiled: contender -> seconds of a step without the profiler.
-        title: name of the benchmark, and warnings on lines of their own.
+        title: name of the benchmark.
+        doubts: sentences that say why the times are uncertain.
         path: file of the figure; its suffix is the format.
     """
     figure = Figure(figsize=(8.5, 2.2 + 0.55 * len(columns)), layout="constrained")
@@ -79,13 +87,19 @@ def draw_breakdown(
         text = f" {end:.3g} {unit} under the profiler\n {unprofiled[name] / size:.3g} {unit} without it"
         axes.text(end, row, text, va="center", fontsize=8)
     axes.set(xlim=(0, longest / size * 1.28), xlabel=f"{words} of a training step, under the profiler")
-    axes.set_title(f"{title}\n{_UPDATE_NOTE}", fontsize=8, color="0.35", loc="left")
+    lines = [title, _UPDATE_NOTE, *_filled(doubts)]
+    axes.set_title("\n".join(lines), fontsize=8, color=_DOUBTFUL if doubts else "0.35", loc="left")
     figure.suptitle("Where the time of a training step goes", **_TITLE)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     save_figure(figure, path, 150)
+
+
+def _filled(sentences: Sequence[str]) -> list[str]:
+    """Return lines of text as wide as a figure, each sentence from a line of its own on."""
+    return [line for sentence in sentences for line in textwrap.wrap(sentence, 110)]
 
 
 def _merged(
@@ -110,6 +124,7 @@ def draw_roofline(
     rates: MachineRates,
     device: str,
     title: str,
+    doubts: Sequence[str],
     path: Path,
 ) -> None:
     """Draw the machine's roofs, and below them each part of our model.
@@ -118,11 +133,11 @@ def draw_roofline(
         precisions: precision -> part -> its cost and the seconds that it takes.
         rates: rates of the machine.
         device: ``cpu`` or ``cuda``.
-        title: name of the benchmark, and warnings on lines of their own.
+        title: name of the benchmark.
+        doubts: sentences that say why the times are uncertain.
         path: file of the figure; its suffix is the format.
     """
-    title, *warnings = title.splitlines()
-    figure = Figure(figsize=(8.5, 4.4 + 0.15 * len(warnings)), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.4 + 0.15 * len(doubts)), layout="constrained")
     panels = figure.subplots(1, len(precisions), sharey=True, squeeze=False)[0]
     intensities = [cost.intensity for parts in precisions.values() for cost, _ in parts.values()]
     low, high = min(intensities) / 6, max(intensities) * 12
@@ -156,7 +171,8 @@ def draw_roofline(
         "memory bandwidth where it rises, arithmetic where it is flat",
         *(reason for bound, reason in _ABOVE.items() if bound in above),
     ]
-    figure.supxlabel("\n".join([";\n".join(notes), *warnings]), fontsize=8, color="0.35")
+    lines = [";\n".join(notes), *_filled(doubts)]
+    figure.supxlabel("\n".join(lines), fontsize=8, color=_DOUBTFUL if doubts else "0.35")
     figure.draw_without_rendering()
     for (axes, marks, roof), precision in zip(labelled, precisions, strict=True):
         _label(axes, marks, roof, _limits(axes, rates, precision, roof))

@@ -64,7 +64,8 @@ what is timed, in turns:
                  on the same rows
 
 Each contender makes its steps twice in a round, and the second time counts, because a fit does not share the
-processor's caches with other models. Each has the model in memory, 2 GiB for each of three to five contenders.
+processor's caches with other models. Each contender has the model in memory, 2 GiB; those of plain
+PyTorch and the bare loops share it between precisions.
 """
 DETAILS += FLOOR
 
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         UserError: an option is out of range, there is no such device, or a contender fails.
     """
     device = check(args)
+    print("Starting the contenders, which takes about a minute", file=sys.stderr)
     folder, schema = open_dataset(args.data)
     workload = replace(kaggle(), tables=schema.features.table_rows, dense=schema.features.dense)
     compiled, of_all = ", compiled" if args.compile else "", f"{data_name(args.data)}, batch {args.batch_size:,}"

@@ -22,7 +22,7 @@ from datamodules.generate.demo import DemoSettings, demo_folder, generate_demo
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.contracts.terminal import counted
-from lightning_dlrm.kernels.choice import choose
+from lightning_dlrm.kernels.choice import SLOW_BF16, bf16_is_slow, choose
 
 PRECISIONS = ("32-true", "bf16-mixed")
 DEFAULT = "(default: %(default)s)"
@@ -33,7 +33,7 @@ spread of 25% of the median, times and ratios are called uncertain.
 """Help of benchmarks that compare contenders."""
 FLOOR = """
 The floor is the sum, over the parts of the model, of the least time that their operations or their memory traffic take
-at the rates of this machine, which are measured in the same run.
+at the rates of this machine. They are measured in the same run, so other work on the machine makes the floor too large.
 """
 """Help of benchmarks with a floor."""
 
@@ -124,6 +124,8 @@ def check(args: argparse.Namespace) -> torch.device:
     check_peer(args, "dlrm_s_pytorch.py")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch finds no CUDA device here: use --device cpu")
+    if args.device == "cpu" and "bf16-mixed" in args.precision and bf16_is_slow():
+        print(f"warning: {SLOW_BF16}", file=sys.stderr)
     print(f"kernels of lightning_dlrm: {choose(getattr(args, 'kernels', 'auto'), args.device, torch.float32)}")
     return torch.device(args.device)
 
@@ -229,7 +231,7 @@ def time_rounds(
     """
     seconds: dict[Key, list[float]] = {name: [] for name in contenders}
     progress = "Measuring" + f" (with {counted(warm_up, 'warm-up round')})" * bool(warm_up)
-    for round_ in tqdm(range(warm_up + rounds), desc=progress, unit=" rounds", leave=False, disable=None):
+    for round_ in tqdm(range(warm_up + rounds), desc=progress, unit="round", leave=False, disable=None):
         for name in list(contenders)[:: 1 if round_ % 2 == 0 else -1]:
             if repeated:
                 contenders[name]()

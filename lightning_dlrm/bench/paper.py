@@ -1,6 +1,7 @@
 """``bench paper``: the single-socket benchmark of Naumov et al. 2019, section 5.2, by operator and as a roofline."""
 
 import argparse
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
@@ -64,6 +65,7 @@ _SHOWN = {"ours": "lightning_dlrm", "baseline": "plain PyTorch"}
 """Contender -> its name in tables and figures."""
 _MOST_APART = 2
 """Factor between a step with and without the profiler from which on the times of operators are uncertain."""
+_PROFILER_DOUBT = "The profiler changes the time of a step much, so these numbers are uncertain."
 _PUBLISHED_BATCHES, _PUBLISHED_BATCH_SIZE = 1000, 2048
 
 Profile = Mapping[str, Sequence[float]]
@@ -131,34 +133,36 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     unprofiled = {(row.implementation, row.precision): row.median_s for row in totals}
     typical = {key: _typical(profile) for key, profile in profiles.items()}
     parts = {p: _parts(typical["ours", p], roofline.costs(workload, batches, p)) for p in args.precision}
+    doubts = ["The rounds differ much, so these numbers are uncertain."] * any(map(is_uncertain, totals))
     for precision, of_parts in parts.items():
         named = {_SHOWN[key[0]]: key for key in typical if key[1] == precision}
         operators = {name: _operators(typical[key]) for name, key in named.items()}
         timed = {name: unprofiled[key] for name, key in named.items()}
-        print(render_operators(precision, operators, timed))
-        print(render_roofline(precision, of_parts, rates, timed[_SHOWN["ours"]]))
+        print(render_operators(precision, operators, timed, doubts))
+        print(render_roofline(precision, of_parts, rates, timed[_SHOWN["ours"]], doubts))
     if args.plot is not None:
         bars = {
             f"{_SHOWN[key[0]]}\n{key[1]}": (_operators(step_parts), unprofiled[key])
             for key, step_parts in typical.items()
         }
-        doubts = ["The rounds differ much: these times are uncertain."] * any(map(is_uncertain, totals))
-        _draw(args, "\n".join([f"{title}, batch {args.batch_size:,}", *doubts]), bars, parts, rates)
+        _draw(args, f"{title}, batch {args.batch_size:,}", doubts, bars, parts, rates)
     return totals + _operator_rows(args, profiles)
 
 
 def _draw(
     args: argparse.Namespace,
     title: str,
+    doubts: Sequence[str],
     bars: Mapping[str, tuple[Mapping[str, float], float]],
-    parts: Mapping[str, Mapping[roofline.Part, tuple[roofline.Cost, float]]],
+    parts: Mapping[str, PartTimes],
     rates: roofline.MachineRates,
 ) -> None:
     """Draw the operators of each contender and the roofline.
 
     Args:
         args: the command's options.
-        title: of both figures, and doubts about the times on lines of their own.
+        title: of both figures.
+        doubts: sentences about the times.
         bars: label -> seconds of each operator, and of a step without the profiler.
         parts: see ``draw_roofline``.
         rates: rates of the device.
@@ -173,16 +177,11 @@ def _draw(
         {one_line[label]: sum(of_step.values()) for label, of_step in operators.items()},
         {one_line[label]: seconds for label, seconds in unprofiled.items()},
     )
-    title, *doubts = title.splitlines()
-    lines = [f"{title}, {DEVICES[args.device]}", *doubts, *warnings]
-    draw_breakdown(operators, unprofiled, "\n".join(lines), args.plot)
+    draw_breakdown(operators, unprofiled, f"{title}, {DEVICES[args.device]}", [*doubts, *warnings], args.plot)
+    of_ours = {precision: unprofiled[f"{_SHOWN['ours']}\n{precision}"] for precision in parts}
+    far = _changed_by_profiler({precision: _step_of(of_parts) for precision, of_parts in parts.items()}, of_ours)
     roofline_file = args.plot.with_stem(args.plot.stem + "-roofline")
-    far = any(
-        _changed_by_profiler({p: _step_of(of_parts)}, {p: unprofiled[f"{_SHOWN['ours']}\n{p}"]})
-        for p, of_parts in parts.items()
-    )
-    doubts += ["The profiler changes the time of a step much: these speeds are uncertain."] * far
-    draw_roofline(parts, rates, args.device, "\n".join([title, *doubts]), roofline_file)
+    draw_roofline(parts, rates, args.device, title, [*doubts, *[_PROFILER_DOUBT] * bool(far)], roofline_file)
     print(f"figures: {args.plot}, {roofline_file}")
 
 
@@ -232,17 +231,20 @@ def _operator_rows(args: argparse.Namespace, profiles: Mapping[StepKey, Profile]
 
 
 def render_operators(
-    precision: str, columns: Mapping[str, Mapping[str, float]], unprofiled: Mapping[str, float]
+    precision: str,
+    columns: Mapping[str, Mapping[str, float]],
+    unprofiled: Mapping[str, float],
+    doubts: Sequence[str] = (),
 ) -> str:
     """Return a table of the time of a step by operator, with a column for each contender.
 
-    A contender whose step the profiler changes too much has no shares.
+    A contender whose step the profiler changes too much has no shares; if there are doubts, none has.
     """
     steps = {name: sum(column.values()) for name, column in columns.items()}
     changed = _changed_by_profiler(steps, unprofiled)
 
     def cell(name: str, seconds: float) -> str:
-        share = "" if name in changed else f"{seconds / steps[name]:.0%}"
+        share = "" if doubts or name in changed else f"{seconds / steps[name]:.0%}"
         return f"{duration(max(seconds, 1e-9))} {share:>4}"
 
     cells = [(f"operator, {precision}", *columns)]
@@ -250,16 +252,22 @@ def render_operators(
     cells.append(("step", *(cell(name, seconds) for name, seconds in steps.items())))
     cells.append(("without the profiler", *(f"{duration(unprofiled[name])}     " for name in columns)))
     notes = [
-        "Under the profiler, the step of median time; less is better. lightning_dlrm",
-        "makes the gradients of table rows in the optimizer, plain PyTorch in embedding",
-        "backward.",
+        "Under the profiler, the step of median time; less is better. lightning_dlrm makes the gradients of table rows "
+        "in the optimizer, plain PyTorch in embedding backward.",
+        *doubts,
+        *_profiler_warnings(steps, unprofiled),
     ]
-    return "\n".join(["", *aligned(cells, left=(0,)), *notes, *_profiler_warnings(steps, unprofiled), ""])
+    return "\n".join(["", *aligned(cells, left=(0,)), *_filled(notes), ""])
 
 
 def _step_of(parts: PartTimes) -> float:
     """Return the seconds of the parts together."""
     return sum(seconds for _, seconds in parts.values())
+
+
+def _filled(sentences: Sequence[str]) -> list[str]:
+    """Return lines of text as wide as the tables may be, each sentence from a line of its own on."""
+    return [line for sentence in sentences for line in textwrap.wrap(sentence, 80)]
 
 
 def _changed_by_profiler(steps: Mapping[str, float], unprofiled: Mapping[str, float]) -> dict[str, float]:
@@ -274,24 +282,24 @@ def _changed_by_profiler(steps: Mapping[str, float], unprofiled: Mapping[str, fl
 
 
 def _profiler_warnings(steps: Mapping[str, float], unprofiled: Mapping[str, float]) -> list[str]:
-    """Return lines that say why the times of operators are uncertain; none if they are not."""
-    warnings = []
-    for name, factor in _changed_by_profiler(steps, unprofiled).items():
-        warnings += [
-            f"warning: under the profiler, a step of {name} takes {factor:.2g} times the time",
-            "that it takes without it. So the times of its operators are uncertain: stop",
-            "other work on this machine.",
-        ]
+    """Return sentences that say why the times of operators are uncertain; none if they are not."""
+    warnings = [
+        f"warning: under the profiler, a step of {name} takes {factor:.2g} times the time that it takes without it. So "
+        "the times of its operators are uncertain: stop other work on this machine."
+        for name, factor in _changed_by_profiler(steps, unprofiled).items()
+    ]
     profiled, timed = (min(times, key=lambda name: times[name]) for times in (steps, unprofiled))
     if profiled != timed:
-        warnings += [
-            f"warning: {profiled} is faster under the profiler, {timed} without it.",
-            "The time without the profiler counts.",
-        ]
+        warnings.append(
+            f"warning: {profiled} is faster under the profiler, {timed} without it. The time without the profiler "
+            "counts."
+        )
     return warnings
 
 
-def render_roofline(precision: str, parts: PartTimes, rates: roofline.MachineRates, unprofiled: float) -> str:
+def render_roofline(
+    precision: str, parts: PartTimes, rates: roofline.MachineRates, unprofiled: float, doubts: Sequence[str] = ()
+) -> str:
     """Return a table of what bounds each part of ours, and the share of that bound that it reaches.
 
     Args:
@@ -299,6 +307,7 @@ def render_roofline(precision: str, parts: PartTimes, rates: roofline.MachineRat
         parts: costs and times under the profiler.
         rates: rates of the machine.
         unprofiled: seconds of a step without the profiler.
+        doubts: lines about the times, below the table.
     """
     cells = [(precision, "MFLOP", "MB", "FLOP/byte", "bound by", "floor", "takes", "reaches")]
     for part, (cost, seconds) in parts.items():
@@ -315,9 +324,9 @@ def render_roofline(precision: str, parts: PartTimes, rates: roofline.MachineRat
                 f"{floor / seconds:.{0 if floor / seconds >= 0.01 else 1}%}",
             )
         )
-    notes = ["Of lightning_dlrm; reaches: floor / takes. 100% is the limit of this machine."]
+    notes = ["Of lightning_dlrm; reaches: floor / takes. 100% is the limit of this machine.", *doubts]
     if any(rates.floor_of(part, cost, precision) > seconds for part, (cost, seconds) in parts.items()):
         notes.append("Above 100%: data were in caches, or a limit was measured too low.")
     if _changed_by_profiler({"": _step_of(parts)}, {"": unprofiled}):
-        notes.append("The profiler changes the time of a step much, so these numbers are uncertain.")
+        notes.append(_PROFILER_DOUBT)
     return "\n".join([*aligned(cells, left=(0, 4)), *notes, ""])

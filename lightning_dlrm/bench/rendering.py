@@ -85,7 +85,7 @@ def headline(rows: Sequence[Measurement]) -> list[str]:
     if shares and max(shares) > _MOST_OF_LOOP:
         lines.append(
             f"warning: the fit has {max(shares):.0%} of the speed of the bare loop, which is a part of it. So "
-            "other work disturbed the measurement: stop it, or give more --rounds"
+            "other work disturbed the measurement: stop that work, or give more --rounds"
         )
     return lines
 
@@ -98,15 +98,18 @@ def is_uncertain(row: Measurement) -> bool:
 def _uncertainty(measured: Sequence[Measurement]) -> str:
     """Return a warning if times or ratios are uncertain; empty if they are not."""
     do = "Stop other work on this machine, or give more --rounds"
+    ranges = [(_range(row, name), _is_sure(row, name)) for row in measured for name in _SPEEDS]
+    unsure = [range_ for range_, is_sure in ranges if range_ is not None and not is_sure]
+    unknown = "It is not known which is faster. " * any(low < 1 < high for low, high in unsure)
     if uncertain := [row for row in measured if is_uncertain(row)]:
         worst = max(uncertain, key=lambda row: row.spread_s / row.median_s)
-        more = f" (and those of {counted(len(uncertain) - 1, 'other row')} by less)" if len(uncertain) > 1 else ""
+        others = f", and {counted(len(uncertain) - 1, 'other row')} also by much" if len(uncertain) > 1 else ""
         return (
             f"warning: the times are uncertain: the rounds of {worst.case} ({_name(worst)}) differ by "
-            f"{worst.spread_s / worst.median_s:.0%} of their median{more}. {do}"
+            f"{worst.spread_s / worst.median_s:.0%} of their median{others}. {unknown}{do}"
         )
-    if any(_range(row, name) and not _is_sure(row, name) for row in measured for name in _RATIOS):
-        return f"warning: a ratio differs by more than {_LARGE_SPREAD:.0%} between the rounds. {do}"
+    if unsure:
+        return f"warning: a ratio differs by more than {_LARGE_SPREAD:.0%} between the rounds. {unknown}{do}"
     return ""
 
 
@@ -163,9 +166,9 @@ def _notes(shown: Sequence[Measurement]) -> list[str]:
         ]
     if any(row.floor_s is not None for row in shown):
         lines += [
-            "The floor is the least time of this work on this machine; x floor is median /",
-            "floor, and 1 is the limit. It is large if tensors are small: then most of the",
-            "time is taken by starting operators.",
+            "The floor is the least time of this work, by rates of the machine that were",
+            "measured now; x floor is median / floor, and 1 is the limit. It is large if",
+            "tensors are small, because starting operators takes time, or if other work ran.",
         ]
     if any(row.floor_s is not None and row.median_s < row.floor_s for row in shown):
         lines.append("Below 1: data were in caches, or a limit was measured too low.")

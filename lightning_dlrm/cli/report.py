@@ -1,7 +1,6 @@
 """Text that commands print at their start and at their end."""
 
 import math
-import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from lightning_dlrm.contracts.errors import shown_path
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.contracts.terminal import aligned, counted, emphasized, wrapped
 from lightning_dlrm.engine.plateau import ReduceOnPlateau
+from lightning_dlrm.kernels.choice import SLOW_BF16, bf16_is_slow
 from lightning_dlrm.models.network import ModelSize
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
@@ -63,14 +63,10 @@ def setup_note(network: str, schema: DatasetSchema, batch_size: int | None, trai
 
 def precision_note(trainer: pl.Trainer) -> str:
     """Return the note at the start of a command in bfloat16 on a processor that is slow at it; else empty."""
-    on_cpu = isinstance(trainer.accelerator, CPUAccelerator) and platform.machine().lower() in ("x86_64", "amd64")
-    slow = on_cpu and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-    if not slow or not str(trainer.precision).startswith("bf16"):
+    on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
+    if not on_cpu or not str(trainer.precision).startswith("bf16") or not bf16_is_slow():
         return ""
-    return (
-        f"this processor has no AVX-512, without which matrix products in bfloat16 ({trainer.precision}) take many "
-        "times as long as in float32: --trainer.precision 32-true is faster here"
-    )
+    return f"{SLOW_BF16}: --trainer.precision 32-true is faster here than {trainer.precision}"
 
 
 def data_words(schema: DatasetSchema) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import platform
 from functools import cache
 from typing import Literal, get_args
 
@@ -17,6 +18,18 @@ chooses C or Triton by the tables' device if the tables are float32 or bfloat16 
 torch."""
 
 log = logging.getLogger("lightning_dlrm")
+
+
+SLOW_BF16 = (
+    "this processor has no AVX-512, without which matrix products in bfloat16 take many times as long as in float32"
+)
+"""What is said if ``bf16_is_slow``."""
+
+
+def bf16_is_slow() -> bool:
+    """Return whether this processor has no instructions for matrix products in bfloat16."""
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return on_x86 and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 
 @cache
