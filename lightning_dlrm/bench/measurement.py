@@ -124,7 +124,7 @@ def check(args: argparse.Namespace) -> torch.device:
     check_peer(args, "dlrm_s_pytorch.py")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch finds no CUDA device here: use --device cpu")
-    if args.device == "cpu" and "bf16-mixed" in args.precision and bf16_is_slow():
+    if args.device == "cpu" and "bf16-mixed" in getattr(args, "precision", ()) and bf16_is_slow():
         print(f"warning: {SLOW_BF16}", file=sys.stderr)
     print(f"kernels of lightning_dlrm: {choose(getattr(args, 'kernels', 'auto'), args.device, torch.float32)}")
     return torch.device(args.device)
