@@ -86,7 +86,7 @@ def make_dataset(folder: Path, columns: tuple[Column, ...], rows: int, seed: int
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DatasetSchema]:
     folder = tmp_path_factory.mktemp("wide") / "data"
-    return folder, make_dataset(folder, WIDE, 2005)
+    return folder, make_dataset(folder, WIDE, 1005)
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +291,7 @@ def of_columns(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
     @functools.cache
     def make(columns: str) -> tuple[Path, DatasetSchema]:
         folder = tmp_path_factory.mktemp("columns") / "data"
-        return folder, make_dataset(folder, COLUMN_SETS[columns], 205)
+        return folder, make_dataset(folder, COLUMN_SETS[columns], 141)
 
     return make
 
@@ -400,7 +400,7 @@ def test_a_slice_without_rows_has_the_form_of_any_other(tmp_path: Path, rows: in
 
 
 def training_loader(dataset: tuple[Path, DatasetSchema], **changes: Any) -> TrainingLoader:
-    options = {"shuffle": "window", "seed": 1, "batch_size": 100, "rows": True, **changes}
+    options = {"shuffle": "window", "seed": 1, "batch_size": 50, "rows": True, **changes}
     return TrainingLoader(*dataset, ["train"], **options)
 
 
@@ -600,7 +600,7 @@ def training_loader_at(dataset: tuple[Path, DatasetSchema], epoch: int) -> Train
     [
         ({"seed": 2}, "with seed 1, this run has 2"),
         ({"shuffle": "none"}, "with shuffle window, this run has none"),
-        ({"batch_size": 50}, "with batch size 100, this run has 50"),
+        ({"batch_size": 100}, "with batch size 50, this run has 100"),
     ],
 )
 def test_a_position_in_another_order_is_refused(
@@ -611,7 +611,7 @@ def test_a_position_in_another_order_is_refused(
 
 
 def test_a_position_in_other_data_is_refused(tmp_path: Path, wide: tuple[Path, DatasetSchema]) -> None:
-    other = make_dataset(tmp_path / "other", WIDE, 2005, seed=9)
+    other = make_dataset(tmp_path / "other", WIDE, 1005, seed=9)
     with pytest.raises(UserError, match="data fingerprint"):
         training_loader((tmp_path / "other", other)).load_state_dict(training_loader(wide).state_dict())
 
@@ -768,10 +768,10 @@ def test_cached_rows_are_decoded_once_and_the_log_says_how_much(
     loader = training_loader(wide, cache="memory", shuffle="full")
     with caplog.at_level("INFO", logger="lightning_dlrm"):
         epochs = [served(iter(loader)) for _ in range(3)]
-    assert sorted(groups) == list(range(-(-2005 // GROUP_ROWS)))
+    assert sorted(groups) == list(range(-(-1005 // GROUP_ROWS)))
     # A label of 1 byte, and 2 floats and 3 ids of 4 bytes each.
-    assert re.fullmatch(r"train: 2,005 rows kept in memory, 0\.0 MB, decoded in \d+\.\d s", caplog.messages[0])
-    assert loader._cached_rows is not None and loader._cached_rows.nbytes == 2005 * 21
+    assert re.fullmatch(r"train: 1,005 rows kept in memory, 0\.0 MB, decoded in \d+\.\d s", caplog.messages[0])
+    assert loader._cached_rows is not None and loader._cached_rows.nbytes == 1005 * 21
     assert len(caplog.messages) == 1 and epochs[0] != epochs[1] != epochs[2]
 
 
