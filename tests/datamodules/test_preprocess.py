@@ -58,6 +58,7 @@ from tests.raw_criteo import (
     folder_bytes,
     generated_lines,
     mixed,
+    schema_of_some,
     written,
 )
 
@@ -170,6 +171,8 @@ def names_in(folder: Path) -> set[str]:
 
 def test_form_of_the_input_does_not_change_a_byte(tmp_path: Path) -> None:
     lines = generated_lines(15)
+    split = {"by": "position", "ratios": [0.4, 0.3, 0.3]}
+    schema = schema_of_some("dlrm", ["I1", "I13", "C1", "C13", "C26"], split=split)
     forms: dict[str, Callable[[Path], Path]] = {
         "plain": lambda folder: written(folder / "train", lines),
         "gzip without suffix": lambda folder: written(folder / "train.gz", lines).rename(folder / "train"),
@@ -183,15 +186,16 @@ def test_form_of_the_input_does_not_change_a_byte(tmp_path: Path) -> None:
     }
     results = {}
     for name, make in forms.items():
-        # 170 bytes are less than a line.
-        sizes = {"plain": (PIECE_BYTES,), "crlf": (170,), "gzip, no final line end": (170, 4096)}
+        # 101 bytes are less than a line.
+        sizes = {"plain": (PIECE_BYTES,), "crlf": (101,), "gzip, no final line end": (101, 4096)}
         for piece_bytes in sizes.get(name, (1000,)):
             folder = tmp_path / name / str(piece_bytes)
             folder.mkdir(parents=True)
-            preprocess("kaggle", "dlrm", [make(folder)], folder / "out", progress=QUIET, block_bytes=piece_bytes)
+            options: dict[str, Any] = {"schema": schema, "progress": QUIET, "block_bytes": piece_bytes}
+            preprocess(None, None, [make(folder)], folder / "out", **options)
             results[name, piece_bytes] = folder_bytes(folder / "out")
     first = results.pop(("plain", PIECE_BYTES))
-    assert len(first) == 26 + 3 + 1
+    assert len(first) == 3 + 3 + 1
     for form, files in results.items():
         assert files == first, form
 

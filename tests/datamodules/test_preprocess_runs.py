@@ -27,7 +27,6 @@ import fsspec
 import psutil
 import pytest
 
-from datamodules.log_schema import log_schema, read_log_schema
 from datamodules.preprocess import command, counting, criteo_reader, encoding, pipeline, staging
 from datamodules.preprocess.journal import find_records, written_aside
 from datamodules.preprocess.pipeline import Target, preprocess
@@ -35,17 +34,17 @@ from datamodules.preprocess.progress import Progress, Stage
 from datamodules.preprocess.workers import Workers, usable_cores
 from lightning_dlrm.__main__ import _user_error_in, main
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, DatasetSchema
-from tests.raw_criteo import Plain, assert_equals_plain, folder_bytes, generated_lines, written
+from lightning_dlrm.contracts.schema import DatasetSchema
+from tests.raw_criteo import Plain, assert_equals_plain, folder_bytes, generated_lines, schema_of_some, written
 
 QUIET = Progress(show=False)
 BLOCK_BYTES = 26_000
-OF_QUANTILE = read_log_schema("datasets/criteo_quantile.yaml").document()
-SPLIT = {"by": "days", "days": "files", "negative_sampling_rate": 0.5}
-KEPT = ("I1", "I2", "B1", "B2", *(f"C{i}" for i in range(1, 8)))
-LEFT = {name: {"role": "leave"} for name in (*CRITEO_DENSE, *CRITEO_CATEGORICAL)}
-COLUMNS = {**LEFT, **{name: OF_QUANTILE["columns"][name] for name in KEPT}}
-SCHEMA = log_schema({**OF_QUANTILE, "dataset": "terabyte", "split": SPLIT, "columns": COLUMNS})
+SCHEMA = schema_of_some(
+    "quantile",
+    ["I1", "I2", "B1", "B2", *(f"C{i}" for i in range(1, 8))],
+    dataset="terabyte",
+    split={"by": "days", "days": "files", "negative_sampling_rate": 0.5},
+)
 """Every stage, with few columns."""
 
 
