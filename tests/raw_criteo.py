@@ -4,6 +4,7 @@ import gzip
 import math
 import random
 from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamodules.folder import verify
+from datamodules.log_schema import LogSchema, log_schema, read_log_schema
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, SPLITS, DatasetSchema
 
 SAMPLE = Path(__file__).parents[2] / "shared/criteo_terabyte_sample/day_0"
@@ -54,6 +56,14 @@ def written(path: Path, lines: list[Line], end: str = "\n", last_end: bool = Tru
     else:
         path.write_bytes(text)
     return path
+
+
+def schema_of_some(protocol: str, names: Sequence[str], **changes: Any) -> LogSchema:
+    """The schema of a protocol with some of its columns: a run takes as long as it has columns."""
+    document = read_log_schema(f"datasets/criteo_{protocol}.yaml").document()
+    left = {name: {"role": "leave"} for name in (*CRITEO_DENSE, *CRITEO_CATEGORICAL)}
+    columns = {**left, **{name: document["columns"][name] for name in names}}
+    return log_schema({**document, "columns": columns, **changes})
 
 
 class Plain:

@@ -15,6 +15,7 @@ as many slots as distinct rows. To measure distances, also 4 bytes for each row 
 Needs numba.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -100,7 +101,12 @@ class LruStack:
             self._slot_of[rows] = np.arange(len(rows), dtype=np.int32)
 
 
-_jit: Any = numba.njit(nogil=True)
+def _jit(function: Callable[..., Any]) -> Any:
+    """Compile a function, once for all processes if numba finds a folder for its cache that it may write to."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)
 
 
 @_jit

@@ -32,13 +32,13 @@ def text(path: Path, **settings: object) -> bytes:
 
 @pytest.mark.parametrize("dataset", TSV_DATASETS)
 def test_lines_spell_out_the_draws(dataset: TsvDataset, tmp_path: Path) -> None:
-    """Every 50th line, and those around the end of a block, against the values drawn, formatted one by one."""
+    """Every 100th line, and those around the end of a block, against the values drawn, formatted one by one."""
     lines = text(tmp_path / "raw", rows=ROWS, dataset=dataset).decode().splitlines(keepends=True)
     assert len(lines) == ROWS
     model = planted_model(TsvSettings(rows=ROWS, dataset=dataset))
     blocks = [model.draw("train", 0), model.draw("train", 1, ROWS - BLOCK_ROWS)]
     below_zero = set()
-    for row in {*range(0, ROWS, 50), *range(BLOCK_ROWS - 5, BLOCK_ROWS + 5), ROWS - 1}:
+    for row in {*range(0, ROWS, 100), *range(BLOCK_ROWS - 5, BLOCK_ROWS + 5), ROWS - 1}:
         draw, i = blocks[row // BLOCK_ROWS], row % BLOCK_ROWS
         fields = [str(draw.label[i])]
         for name in (*CRITEO_DENSE, *CRITEO_CATEGORICAL):

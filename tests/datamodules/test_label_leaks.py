@@ -102,7 +102,7 @@ def test_the_rarer_label_is_the_one_that_leaks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [20, 120, ROWS])
 def test_ordinary_columns_are_not_suspected(tmp_path: Path, rows: int, share: float) -> None:
     """Also not those on which clicks depend strongly, or that are nearly always 0 or missing."""
-    for seed in range(12):
+    for seed in range(12 if rows < ROWS else 4):  # few rows mislead more often
         draw = random.Random(seed)
         taste = [draw.betavariate(3 * share, 3 * (1 - share)) for _ in range(40)]  # users that click nearly always
         user = [min(int(draw.expovariate(0.12)), 39) for _ in range(rows)]

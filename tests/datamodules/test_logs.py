@@ -251,8 +251,8 @@ def test_bins_of_decimals_are_those_of_their_logarithms() -> None:
     assert log_squared_bins(np.array([1e300, -1e300])).tolist() == [plain_bin(1e300, None), 2**31]
 
 
-@settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(rows=st.lists(rows, min_size=8, max_size=40), document=documents(), piece=st.sampled_from([40, 150, 10**6]))
+@settings(max_examples=20, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(rows=st.lists(rows, min_size=8, max_size=30), document=documents(), piece=st.sampled_from([60, 200, 10**6]))
 def test_a_dataset_is_what_the_schema_says(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Row], document: dict[str, Any], piece: int
 ) -> None:
@@ -329,7 +329,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_form_of_the_files_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = generated(1000)
+    rows = generated(400)
     text = as_csv(rows)
     plain = tmp_path / "log.csv"
     plain.write_text(text)
@@ -350,7 +350,7 @@ def test_the_form_of_the_files_changes_no_byte(tmp_path: Path, monkeypatch: pyte
     }
     for name, (changed, content) in forms.items():
         (tmp_path / name).write_bytes(content)
-        for piece in (20_000, 10**7):
+        for piece in (8_000, 10**7):
             output = tmp_path / f"of_{name}_{piece}"
             make(tmp_path / name, output, {**DOCUMENT, **changed}, block_bytes=piece)
             assert contents(output) == expected, (name, piece)
@@ -358,7 +358,7 @@ def test_the_form_of_the_files_changes_no_byte(tmp_path: Path, monkeypatch: pyte
     table = pa.Table.from_pylist(records)
     table = table.set_column(1, "user", table["user"].dictionary_encode())
     table = table.set_column(5, "day", pc.strptime(table["day"], "%Y-%m-%d", "ns"))
-    pq.write_table(table, tmp_path / "log", row_group_size=300)
+    pq.write_table(table, tmp_path / "log", row_group_size=120)
     make(tmp_path / "log", tmp_path / "of_parquet", with_lists)
     assert contents(tmp_path / "of_parquet") == expected
 
@@ -373,7 +373,7 @@ def test_the_form_of_the_files_changes_no_byte(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(counting, "_VALUES_AT_ONCE", 60)
     monkeypatch.setattr(counting, "_IDS_AT_ONCE", 16)
-    make(plain, tmp_path / "spilled", DOCUMENT, block_bytes=5000)
+    make(plain, tmp_path / "spilled", DOCUMENT, block_bytes=4000)
     found = contents(tmp_path / "spilled")
     assert {n: v for n, v in found.items() if "vocabulary" not in n} == {
         name: value for name, value in expected.items() if "vocabulary" not in name
@@ -756,7 +756,7 @@ def test_many_bad_rows_take_as_long_as_few(tmp_path: Path, name: str, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["log.csv", "log.jsonl"])
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     edits=st.lists(
         st.tuples(st.integers(0, 400), st.binary(max_size=3) | st.sampled_from([b'"', b",", b"\n", b"\r\n", b"\xff"])),

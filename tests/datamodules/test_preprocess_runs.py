@@ -7,7 +7,6 @@ Dask cluster of two worker processes.
 import argparse
 import errno
 import importlib
-import inspect
 import os
 import random
 import shutil
@@ -36,17 +35,24 @@ from datamodules.preprocess.workers import Workers, usable_cores
 from lightning_dlrm.__main__ import _user_error_in, main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
-from tests.raw_criteo import Plain, assert_equals_plain, folder_bytes, generated_lines, written
+from tests.raw_criteo import Plain, assert_equals_plain, folder_bytes, generated_lines, schema_of_some, written
 
 QUIET = Progress(show=False)
-BLOCK_BYTES = 66_000
+BLOCK_BYTES = 26_000
+SCHEMA = schema_of_some(
+    "quantile",
+    ["I1", "I2", "B1", "B2", *(f"C{i}" for i in range(1, 8))],
+    dataset="terabyte",
+    split={"by": "days", "days": "files", "negative_sampling_rate": 0.5},
+)
+"""Every stage, with few columns."""
 
 
 @pytest.fixture(scope="module")
 def days(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three days, plain and compressed, of 1,000 rows each."""
+    """Three days, plain and compressed, of 400 rows each."""
     folder = tmp_path_factory.mktemp("days")
-    return [written(folder / f"day_{day}{s}", generated_lines(1000, day)) for day, s in enumerate(("", ".gz", ""))]
+    return [written(folder / f"day_{day}{s}", generated_lines(400, day)) for day, s in enumerate(("", ".gz", ""))]
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +64,12 @@ def undisturbed(days: list[Path], tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def make(days: list[Path], output: Path, **options: Any) -> DatasetSchema:
-    given = {"progress": QUIET, "block_bytes": BLOCK_BYTES, "workers": 1, **options}
-    return preprocess("terabyte", "quantile", days, output, negative_sampling_rate=0.5, **given)
+    given = {"progress": QUIET, "block_bytes": BLOCK_BYTES, "workers": 1, "schema": SCHEMA, **options}
+    return preprocess(None, None, days, output, **given)
 
 
 def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-def test_worker_processes(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes]) -> None:
-    make(days, tmp_path / "out", workers=3)
-    assert folder_bytes(tmp_path / "out") == undisturbed
-    assert names_in(tmp_path) == {"out"}
 
 
 def test_dask_cluster(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes]) -> None:
@@ -88,24 +88,21 @@ def test_no_scheduler(tmp_path: Path, days: list[Path], monkeypatch: pytest.Monk
     assert names_in(tmp_path) == set()
 
 
-def killed_and_resumed(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], kills: int, seed: int) -> None:
-    # Importing this file would take longer than a run.
+def killed_and_resumed(tmp_path: Path, days: list[Path], moments: list[int]) -> None:
+    """Kill a run of two processes when it has finished so many steps, each time anew, then go on in one process."""
+    options = {"block_bytes": BLOCK_BYTES, "negative_sampling_rate": 0.5}
     code = (
-        "from __future__ import annotations; import sys; from pathlib import Path\n"
-        "from datamodules.preprocess.pipeline import preprocess; from datamodules.preprocess.progress import Progress\n"
-        f"QUIET, BLOCK_BYTES = Progress(show=False), {BLOCK_BYTES}\n{inspect.getsource(make)}"
-        "make([Path(day) for day in sys.argv[2:]], Path(sys.argv[1]), workers=2)"
+        "import sys; from datamodules.preprocess.pipeline import preprocess\n"
+        "from datamodules.preprocess.progress import Progress\n"
+        "made = ('terabyte', 'quantile', sys.argv[2:], sys.argv[1])\n"
+        f"preprocess(*made, progress=Progress(show=False), workers=2, **{options})"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "out"), *map(str, days)]
-    rng = random.Random(seed)
+    rng = random.Random(0)
 
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(words, cwd=Path(__file__).parents[2], start_new_session=True)
-
-    # A run has more records than columns: of segments, columns and part files, in this order.
     killed = 0
-    for finished in sorted(rng.sample(range(len(undisturbed)), kills)):
-        run = start()
+    for finished in moments:
+        run = subprocess.Popen(words, cwd=Path(__file__).parents[2], start_new_session=True)
         while len(find_records(tmp_path / ".out.preprocess")) < finished and run.poll() is None:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.02))
@@ -115,20 +112,21 @@ def killed_and_resumed(tmp_path: Path, days: list[Path], undisturbed: dict[str, 
             break
         assert run.returncode == -signal.SIGKILL
         killed += 1
-    else:
-        assert start().wait() == 0
     assert killed
-    assert folder_bytes(tmp_path / "out") == undisturbed
-    assert names_in(tmp_path) == {"out"}
+    for name in ("out", "undisturbed"):
+        preprocess("terabyte", "quantile", days, tmp_path / name, progress=QUIET, workers=1, **options)  # type: ignore[arg-type]
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
+    assert names_in(tmp_path) == {"out", "undisturbed"}
 
 
-def test_killed_and_resumed(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes]) -> None:
-    killed_and_resumed(tmp_path, days, undisturbed, kills=3, seed=1)
+def test_killed_and_resumed(tmp_path: Path, days: list[Path]) -> None:
+    """Amid the segments, of which there are 12, and amid the columns, of which there are 39."""
+    killed_and_resumed(tmp_path, days, [5, 35])
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_and_resumed(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes]) -> None:
-    killed_and_resumed(tmp_path, days, undisturbed, kills=20, seed=2)
+def test_killed_at_twenty_moments_and_resumed(tmp_path: Path, days: list[Path]) -> None:
+    killed_and_resumed(tmp_path, days, sorted(random.Random(2).sample(range(43), 20)))
 
 
 class Interrupted(Progress):
@@ -166,22 +164,20 @@ def interrupted(tmp_path: Path, days: list[Path], monkeypatch: pytest.MonkeyPatc
     return run
 
 
-@pytest.mark.parametrize("stage", ["stage", "count", "encode"])
 def test_nothing_done_is_done_again(
     tmp_path: Path,
     days: list[Path],
     undisturbed: dict[str, bytes],
     interrupted: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
-    stage: str,
 ) -> None:
-    interrupted(stage)
     finished = {
-        "stage": [(criteo_reader, "parse")],
-        "count": [(criteo_reader, "parse"), (counting, "_spread_values")],
-        "encode": [(criteo_reader, "parse"), (counting, "_spread_values"), (encoding, "_encoded")],
+        "stage": (criteo_reader, "parse"),
+        "count": (counting, "_spread_values"),
+        "encode": (encoding, "_encoded"),
     }
-    for module, name in finished[stage]:
+    for stage, (module, name) in finished.items():
+        interrupted(stage)
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("was finished before"))
     make(days, tmp_path / "out")
     assert folder_bytes(tmp_path / "out") == undisturbed
@@ -208,7 +204,7 @@ def test_staged_rows_serve_another_protocol(
     interrupted("count")
     monkeypatch.setattr(criteo_reader, "parse", lambda *_: pytest.fail("was staged before"))
     preprocess("terabyte", "nvidia", days, tmp_path / "out", None, QUIET, BLOCK_BYTES, workers=1)
-    files = [generated_lines(1000, day) for day in range(3)]
+    files = [generated_lines(400, day) for day in range(3)]
     assert_equals_plain(tmp_path / "out", Plain("nvidia", files, "terabyte"))
 
 
@@ -331,32 +327,32 @@ def test_second_run_into_one_folder_is_refused(tmp_path: Path, days: list[Path])
     assert names_in(tmp_path) == {"out"}
 
 
-@pytest.mark.parametrize(("module", "at"), [(staging, "segment_of"), (counting, "_assign"), (encoding, "_encoded")])
 def test_full_disk_is_told_and_the_next_run_goes_on(
     tmp_path: Path,
     days: list[Path],
     undisturbed: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
-    module: Any,
-    at: str,
 ) -> None:
+    """In each stage: the next run gets on to the next stage."""
     monkeypatch.setattr(pipeline, "_SMALL_BYTES", 0)
-    calls = 0
-    whole = getattr(module, at)
+    places: list[tuple[Any, str]] = [(staging, "segment_of"), (counting, "_assign"), (encoding, "_encoded")]
+    for module, at in places:
+        calls = 0
+        whole = getattr(module, at)
 
-    def full(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 7:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return whole(*args)
+        def full(*args: Any, whole: Callable[..., Any] = whole) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 7:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return whole(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module, at, full)
-        with pytest.raises(UserError, match=r"disk is full .*make room\. The same command resumes") as error:
-            make(days, tmp_path / "out")
-        assert "\n" not in str(error.value)
-    assert names_in(tmp_path) == {".out.preprocess"}
+        with monkeypatch.context() as patch:
+            patch.setattr(module, at, full)
+            with pytest.raises(UserError, match=r"disk is full .*make room\. The same command resumes") as error:
+                make(days, tmp_path / "out")
+            assert "\n" not in str(error.value) and calls == 7
+        assert names_in(tmp_path) == {".out.preprocess"}
     make(days, tmp_path / "out")
     assert folder_bytes(tmp_path / "out") == undisturbed
 
@@ -403,8 +399,8 @@ def test_dead_worker_is_told_and_the_next_run_goes_on(tmp_path: Path) -> None:
     last = errors.splitlines()[-1]
     assert last.startswith("error: a worker process died") and "The same command resumes" in last
     assert "Traceback" not in errors
-    for name in ("out", "again"):
-        assert subprocess.run([*command_line, str(tmp_path / name)], check=False, **place).returncode == 0  # type: ignore[call-overload]
+    assert subprocess.run([*command_line, str(tmp_path / "out")], check=False, **place).returncode == 0  # type: ignore[call-overload]
+    preprocess("kaggle", "dlrm", [raw], tmp_path / "again", progress=QUIET, workers=1)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "again")
 
 
@@ -525,7 +521,7 @@ def test_a_job_with_few_cores_and_a_long_temporary_folder_whose_messages_nobody_
 
 
 def test_addresses_and_worker_processes(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes]) -> None:
-    addresses: list[Any] = [day.as_uri() for day in days]
+    addresses: list[Any] = [days[0], *(day.as_uri() for day in days[1:])]
     output: Any = (tmp_path / "out").as_uri()
     make(addresses, output, workers=2, work=tmp_path)
     assert folder_bytes(tmp_path / "out") == undisturbed

@@ -86,7 +86,7 @@ def make_dataset(folder: Path, columns: tuple[Column, ...], rows: int, seed: int
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DatasetSchema]:
     folder = tmp_path_factory.mktemp("wide") / "data"
-    return folder, make_dataset(folder, WIDE, 2005)
+    return folder, make_dataset(folder, WIDE, 1005)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,8 @@ def test_each_row_once_and_every_world_size_serves_the_same_batches(
     if shuffle == "none" and lanes == 1:
         assert np.array_equal(np.concatenate(whole), np.arange(order.rows))
     for world in (2, 3, 8, 61):
-        for k in (0, order.batches // 2, order.batches - 1):
+        last = order.batches - 1
+        for k in (0, order.batches // 2, last) if world < 61 else (last,):
             slices = [order.batch_rows(k, rank, world) for rank in range(world)]
             starts = [int(order.slice_starts(k, k + 1, rank, world)[0]) for rank in range(world)]
             assert starts == [sum(map(len, slices[:rank])) for rank in range(world)]
@@ -219,10 +220,10 @@ def test_a_bijection_takes_each_number_once_wherever_it_starts(n: int, key: int)
 
 def test_a_bijection_puts_every_row_everywhere_equally_often() -> None:
     counts = np.zeros((50, 50))
-    for key in range(4000):
+    for key in range(2000):
         counts[np.arange(50), bijection(np.arange(50), 50, key * 7919)] += 1
-    # Standard deviation of each count is 9.
-    assert abs(counts - 80).max() < 50 and counts.std() < 10
+    # Standard deviation of each count is 6.3.
+    assert abs(counts - 40).max() < 35 and counts.std() < 7
     # Literal: a run must resume in the same order with any later release.
     assert bijection(np.arange(10), 10, 1).tolist() == [6, 4, 9, 3, 0, 1, 7, 8, 5, 2]
 
@@ -291,30 +292,31 @@ def of_columns(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
     @functools.cache
     def make(columns: str) -> tuple[Path, DatasetSchema]:
         folder = tmp_path_factory.mktemp("columns") / "data"
-        return folder, make_dataset(folder, COLUMN_SETS[columns], 205)
+        return folder, make_dataset(folder, COLUMN_SETS[columns], 141)
 
     return make
 
 
+READS: list[tuple[str, dict[str, Any]]] = [
+    ("none", {}),
+    ("window", {"threads": 3}),
+    ("full", {"cache": "memory"}),
+    ("window", {}),
+    ("none", {"cache": "memory", "threads": 2}),
+    ("window", {"cache": "memory"}),
+]
+"""How rows can be read: the first three from each kind of columns."""
+
+
 @pytest.mark.parametrize(
-    ("columns", "batch_size", "world"),
+    ("columns", "shuffle", "options", "batch_size", "world"),
     [
-        *((columns, 7, 3) for columns in COLUMN_SETS),
-        *((columns, *sizes) for columns in list(COLUMN_SETS)[:2] for sizes in ((100, 1), (5000, 2))),
+        *((columns, *read, *sizes) for columns in ("wide", "bags") for read in READS
+          for sizes in ((7, 3), (100, 1), (5000, 2))),
+        *((columns, *read, 7, 3) for columns in list(COLUMN_SETS)[2:] for read in READS[:3]),
     ],
-)
-@pytest.mark.parametrize(
-    ("shuffle", "options"),
-    [
-        ("none", {}),
-        ("window", {}),
-        ("window", {"threads": 3}),
-        ("none", {"cache": "memory", "threads": 2}),
-        ("window", {"cache": "memory"}),
-        ("full", {"cache": "memory"}),
-    ],
-    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
-)
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)  # fmt: skip
 def test_loaders_give_the_rows_of_the_order(
     of_columns: Callable[[str], tuple[Path, DatasetSchema]],
     columns: str,
@@ -400,7 +402,7 @@ def test_a_slice_without_rows_has_the_form_of_any_other(tmp_path: Path, rows: in
 
 
 def training_loader(dataset: tuple[Path, DatasetSchema], **changes: Any) -> TrainingLoader:
-    options = {"shuffle": "window", "seed": 1, "batch_size": 100, "rows": True, **changes}
+    options = {"shuffle": "window", "seed": 1, "batch_size": 50, "rows": True, **changes}
     return TrainingLoader(*dataset, ["train"], **options)
 
 
@@ -428,11 +430,12 @@ def undisturbed_epochs(wide: tuple[Path, DatasetSchema], options: dict[str, Any]
 @pytest.mark.parametrize(
     ("options", "stop"),
     [
-        *(({}, stop) for stop in (0, 9, 20, 21, 22, 42)),
-        *(pytest.param({}, stop, marks=pytest.mark.slow) for stop in (1, 41)),
-        *(({"cache": "memory"}, stop) for stop in (9, 21)),
-        *(({"cache": "memory", "shuffle": "full"}, stop) for stop in (9, 21)),
-        *(({"threads": 2}, stop) for stop in (9, 21)),
+        *(({}, stop) for stop in (0, 9, 20, 21, 22)),
+        *(pytest.param({}, stop, marks=pytest.mark.slow) for stop in (1, 41, 42)),
+        ({"cache": "memory"}, 21),
+        ({"cache": "memory", "shuffle": "full"}, 9),
+        ({"threads": 2}, 9),
+        pytest.param({"threads": 2}, 21, marks=pytest.mark.slow),
     ],
 )
 def test_resume_goes_on_with_the_batch_that_would_have_come(
@@ -600,7 +603,7 @@ def training_loader_at(dataset: tuple[Path, DatasetSchema], epoch: int) -> Train
     [
         ({"seed": 2}, "with seed 1, this run has 2"),
         ({"shuffle": "none"}, "with shuffle window, this run has none"),
-        ({"batch_size": 50}, "with batch size 100, this run has 50"),
+        ({"batch_size": 100}, "with batch size 50, this run has 100"),
     ],
 )
 def test_a_position_in_another_order_is_refused(
@@ -611,7 +614,7 @@ def test_a_position_in_another_order_is_refused(
 
 
 def test_a_position_in_other_data_is_refused(tmp_path: Path, wide: tuple[Path, DatasetSchema]) -> None:
-    other = make_dataset(tmp_path / "other", WIDE, 2005, seed=9)
+    other = make_dataset(tmp_path / "other", WIDE, 1005, seed=9)
     with pytest.raises(UserError, match="data fingerprint"):
         training_loader((tmp_path / "other", other)).load_state_dict(training_loader(wide).state_dict())
 
@@ -768,10 +771,10 @@ def test_cached_rows_are_decoded_once_and_the_log_says_how_much(
     loader = training_loader(wide, cache="memory", shuffle="full")
     with caplog.at_level("INFO", logger="lightning_dlrm"):
         epochs = [served(iter(loader)) for _ in range(3)]
-    assert sorted(groups) == list(range(-(-2005 // GROUP_ROWS)))
+    assert sorted(groups) == list(range(-(-1005 // GROUP_ROWS)))
     # A label of 1 byte, and 2 floats and 3 ids of 4 bytes each.
-    assert re.fullmatch(r"train: 2,005 rows kept in memory, 0\.0 MB, decoded in \d+\.\d s", caplog.messages[0])
-    assert loader._cached_rows is not None and loader._cached_rows.nbytes == 2005 * 21
+    assert re.fullmatch(r"train: 1,005 rows kept in memory, 0\.0 MB, decoded in \d+\.\d s", caplog.messages[0])
+    assert loader._cached_rows is not None and loader._cached_rows.nbytes == 1005 * 21
     assert len(caplog.messages) == 1 and epochs[0] != epochs[1] != epochs[2]
 
 

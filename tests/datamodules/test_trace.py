@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -343,7 +344,11 @@ def test_command_reports_the_fit(
     original, copy = (TraceSource(Path(path), ["C1"]).profiles(progress=False)[0] for path in (source[0], data))
     assert render_fits([measure_fit(original, copy)]) in text
     assert "percentage points" in text
-    assert "independent of the features (best AUC 0.5), so" in " ".join(text.split()) and "train on it" not in text
+    words = " ".join(text.split())
+    assert (
+        "independent of the features (best AUC 0.5): use these data for speed, not scores:" in words
+        and "train on it" not in words
+    )
     text = run("--profile", profile, "--output", str(tmp_path / "long"), "--rows", "25000", "--test-rows", "0")
     assert f"C1: the first {ROWS:,} of 25,000 generated accesses; original / generated" in text
     rows = np.concatenate(
@@ -471,6 +476,18 @@ def test_without_numba_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delitem(sys.modules, "datamodules.generate.lru")
     with pytest.raises(UserError, match=r"traces need numba, .* pip install 'lightning-dlrm\[trace\]'"):
         Profiler("C1", 5)
+
+
+def test_without_a_folder_for_its_cache_numba_compiles_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    njit = numba.njit
+
+    def without_folder(*, cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function '_ones': no locator available for file 'lru.py'")
+        return njit(**options)
+
+    monkeypatch.setattr(numba, "njit", without_folder)
+    assert lru._jit(lambda number: number + 1)(2) == 3
 
 
 def test_the_benchmark_times_both_directions(tmp_path: Path) -> None:
