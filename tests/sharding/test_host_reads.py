@@ -31,6 +31,7 @@ from lightning_dlrm.sharding.placement import ShardedPlacement
 from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.tables.embeddings import TableSettings
 from lightning_dlrm.tables.lookup import placed_by
+from tests.caches import new_cache
 from tests.host_reads import HostReads
 
 WORKLOAD = Workload(tables=(30, 3, 60), dense=4, width=16)
@@ -206,7 +207,7 @@ def test_two_ranks_read_the_sizes_of_a_batch_once(workload: Workload, pooled: Se
 
 def test_a_fit_reads_back_at_logged_steps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning's loop and all callbacks of the command included."""
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path / "cache"))
     context, of_steps = HostReads(), [Counter[str]()]
     begin, end = CTRModule.on_train_start, CTRModule.on_train_end
 

@@ -195,7 +195,7 @@ def test_counted_rows_are_busy_wherever_they_are() -> None:
 def test_the_command_counts_lookups_in_the_dataset(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path / "cache"))
     made = ["--tables", "50,400", "--rows", "3000", "--validation-rows", "10", "--test-rows", "10"]
     assert main(["generate", "random", "--output", str(tmp_path / "data"), *made, "--dense", "1"]) == 0
     capsys.readouterr()

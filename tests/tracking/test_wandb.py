@@ -301,7 +301,7 @@ def test_system_metrics_are_kept(runs: list[list[dict[str, Any]]]) -> None:
 def test_a_server_that_takes_no_dataset_does_not_stop_a_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path / "cache"))
 
     class Refusing:
         offline = False
