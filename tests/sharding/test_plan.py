@@ -96,6 +96,9 @@ def test_every_time_the_same() -> None:
     assert len(found) == 1
 
 
+from tests.caches import new_cache
+
+
 def test_planning_needs_no_torch() -> None:
     planning = "lightning_dlrm.sharding.balance, lightning_dlrm.sharding.balance"
     script = f"import sys, {planning}; assert 'torch' not in sys.modules"
