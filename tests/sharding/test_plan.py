@@ -30,6 +30,7 @@ from lightning_dlrm.sharding.costs import (
     table_costs,
 )
 from lightning_dlrm.sharding.plan import Piece, Plan
+from tests.caches import new_cache
 
 # Criteo Terabyte with at most 40M rows a table (MLPerf v2).
 TERABYTE = (
@@ -94,9 +95,6 @@ def test_every_time_the_same() -> None:
         for seed in ("1", "2")
     }
     assert len(found) == 1
-
-
-from tests.caches import new_cache
 
 
 def test_planning_needs_no_torch() -> None:
