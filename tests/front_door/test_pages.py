@@ -8,13 +8,13 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import lightning_dlrm
 from lightning_dlrm.contracts.shipped import shipped_names
+from tests.forked import interpreter
 from tests.front_door.conftest import REPOSITORY, SMALL_DATA, Shell
 from tests.front_door.pages import (
     LANGUAGES,
@@ -64,7 +64,7 @@ def test_the_reference_is_that_of_the_checkout_of_its_script(tmp_path: Path) -> 
         (tmp_path / name).mkdir()
     (tmp_path / "lightning_dlrm" / "__init__.py").write_text("raise SystemExit('this checkout')")
     script = shutil.copy(DOCS / "reference.py", tmp_path / "docs")
-    ran = subprocess.run([sys.executable, script], cwd=REPOSITORY, capture_output=True, text=True)
+    ran = subprocess.run([interpreter(), script], cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.stderr.strip() == "this checkout"
 
 

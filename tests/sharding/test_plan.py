@@ -80,9 +80,10 @@ def test_terabyte_is_balanced(ranks: int, skew: float) -> None:
 
 def test_every_time_the_same() -> None:
     script = (
-        "import hashlib; from tests.sharding.test_plan import loads;"
-        "from lightning_dlrm.sharding.balance import make_plan;"
-        "print(hashlib.sha256(repr(make_plan(loads(), 64, 65536)).encode()).hexdigest())"
+        "import hashlib; from lightning_dlrm.sharding.balance import make_plan;"
+        "from lightning_dlrm.sharding.costs import TableLoad;"
+        f"tables = [TableLoad(name=f'C{{i}}', rows=n, width=128, bytes_per_row=516) for i, n in enumerate({TERABYTE})];"
+        "print(hashlib.sha256(repr(make_plan(tables, 64, 65536)).encode()).hexdigest())"
     )
     found = {
         subprocess.run(
