@@ -64,8 +64,8 @@ what is timed, in turns:
                  on the same rows
 
 Each contender makes its steps twice in a round, and the second time counts, because a fit does not share the
-processor's caches with other models. Each contender has the model in memory, 2 GiB; those of plain
-PyTorch and the bare loops share it between precisions.
+processor's caches with other models. Each fit, the bare loops together, the plain loops together, and the whole program
+have the model in memory, 2 GiB each.
 """
 DETAILS += FLOOR
 
