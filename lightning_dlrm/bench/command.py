@@ -30,7 +30,7 @@ WORKS: dict[str, str] = {
     "step": "a training step on batches in memory",
     "fit": "a whole fit from a dataset folder, against bare loops",
     "paper": "the benchmark of the DLRM paper, section 5.2",
-    "gpu": "all of these for one GPU, in one call",
+    "gpu": "a list of measurements for one GPU, in one call",
     "auc": "the exact AUC, against scikit-learn",
     "sharding": "training steps with tables in pieces on several processes",
     "trace": "the profiles of accesses to tables, and the accesses generated from them",

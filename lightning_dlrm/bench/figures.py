@@ -43,7 +43,7 @@ _ABOVE = {
 }
 """What bounds a part -> why it can be above its bound."""
 _DOUBTFUL = "#B34700"
-"""Colour of text below which numbers are uncertain."""
+"""Colour of sentences that say why numbers are uncertain."""
 _MARK_PX = 6.0
 """Half of a mark's width, pixels."""
 _FAR_PX = 8.0
@@ -87,8 +87,8 @@ def draw_breakdown(
         text = f" {end:.3g} {unit} under the profiler\n {unprofiled[name] / size:.3g} {unit} without it"
         axes.text(end, row, text, va="center", fontsize=8)
     axes.set(xlim=(0, longest / size * 1.28), xlabel=f"{words} of a training step, under the profiler")
-    lines = [title, _UPDATE_NOTE, *_filled(doubts)]
-    axes.set_title("\n".join(lines), fontsize=8, color=_DOUBTFUL if doubts else "0.35", loc="left")
+    axes.set_title(f"{title}\n{_UPDATE_NOTE}", fontsize=8, color="0.35", loc="left")
+    _warn(axes, doubts, 2)
     figure.suptitle("Where the time of a training step goes", **_TITLE)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
@@ -97,9 +97,11 @@ def draw_breakdown(
     save_figure(figure, path, 150)
 
 
-def _filled(sentences: Sequence[str]) -> list[str]:
-    """Return lines of text as wide as a figure, each sentence from a line of its own on."""
-    return [line for sentence in sentences for line in textwrap.wrap(sentence, 110)]
+def _warn(axes: Axes, doubts: Sequence[str], title_lines: int) -> None:
+    """Write doubts above the lines of a panel's title."""
+    lines = [line for sentence in doubts for line in textwrap.wrap(sentence, 110)]
+    if lines:
+        axes.set_title("\n".join([*lines, *[" "] * title_lines]), fontsize=8, color=_DOUBTFUL, loc="right")
 
 
 def _merged(
@@ -171,8 +173,8 @@ def draw_roofline(
         "memory bandwidth where it rises, arithmetic where it is flat",
         *(reason for bound, reason in _ABOVE.items() if bound in above),
     ]
-    lines = [";\n".join(notes), *_filled(doubts)]
-    figure.supxlabel("\n".join(lines), fontsize=8, color=_DOUBTFUL if doubts else "0.35")
+    figure.supxlabel(";\n".join(notes), fontsize=8, color="0.35")
+    _warn(panels[-1], doubts, 1)
     figure.draw_without_rendering()
     for (axes, marks, roof), precision in zip(labelled, precisions, strict=True):
         _label(axes, marks, roof, _limits(axes, rates, precision, roof))

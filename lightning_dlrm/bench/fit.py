@@ -61,7 +61,7 @@ what is timed, in turns:
   bare loop      lightning_dlrm: the same step in a plain for loop over the same stream
   plain loop     plain PyTorch: one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, over the same stream
   whole program  with --peer, dlrm_s_pytorch.py of a checkout of facebookresearch/dlrm with its own loader, in float32,
-                 on the same rows
+                 on the same rows; a second ratio leaves out the time of its loader
 
 Each contender makes its steps twice in a round, and the second time counts, because a fit does not share the
 processor's caches with other models. Each fit, the bare loops together, the plain loops together, and the whole program

@@ -27,8 +27,8 @@ from lightning_dlrm.kernels.choice import SLOW_BF16, bf16_is_slow, choose
 PRECISIONS = ("32-true", "bf16-mixed")
 DEFAULT = "(default: %(default)s)"
 RATIOS = """
-Every round times all contenders; a ratio is the median of the rounds' ratios, with the lowest and the highest. Above a
-spread of 25% of the median, times and ratios are called uncertain.
+Every round times all contenders; a ratio is the median of the rounds' ratios, with the lowest and the highest. A time
+is called uncertain if the times of its rounds differ by more than 25% of their median, and a ratio likewise.
 """
 """Help of benchmarks that compare contenders."""
 FLOOR = """
@@ -176,6 +176,8 @@ class Measurement:
     """Median of the rounds, seconds."""
     spread_s: float
     """Slowest round minus fastest, seconds; 0 with a single round."""
+    fastest_s: float = 0.0
+    """Fastest round, seconds; 0 if unknown."""
     floor_s: float | None = None
     """Least time that the machine allows, seconds; None if unknown."""
     extra: Mapping[str, float] = field(default_factory=dict)
@@ -188,7 +190,9 @@ class Measurement:
     @classmethod
     def of_rounds(cls, seconds: Sequence[float], **fields: Any) -> "Measurement":
         """Return a row with the median and the spread of the seconds of each round, and other fields."""
-        return cls(median_s=statistics.median(seconds), spread_s=max(seconds) - min(seconds), **fields)
+        fastest = min(seconds)
+        spread = max(seconds) - fastest
+        return cls(median_s=statistics.median(seconds), spread_s=spread, fastest_s=fastest, **fields)
 
     @property
     def samples_per_s(self) -> float:

@@ -252,8 +252,8 @@ def render_operators(
     cells.append(("step", *(cell(name, seconds) for name, seconds in steps.items())))
     cells.append(("without the profiler", *(f"{duration(unprofiled[name])}     " for name in columns)))
     notes = [
-        "Under the profiler, the step of median time; less is better. lightning_dlrm makes the gradients of table rows "
-        "in the optimizer, plain PyTorch in embedding backward.",
+        "These times are those of one step under the profiler, whose time is the median of the steps; less is better. "
+        "lightning_dlrm makes the gradients of table rows in the optimizer, plain PyTorch in embedding backward.",
         *doubts,
         *_profiler_warnings(steps, unprofiled),
     ]
@@ -324,7 +324,11 @@ def render_roofline(
                 f"{floor / seconds:.{0 if floor / seconds >= 0.01 else 1}%}",
             )
         )
-    notes = ["Of lightning_dlrm; reaches: floor / takes. 100% is the limit of this machine.", *doubts]
+    notes = [
+        "The parts of a step of lightning_dlrm. A part reaches floor / takes; 100% is the",
+        "limit of this machine.",
+        *doubts,
+    ]
     if any(rates.floor_of(part, cost, precision) > seconds for part, (cost, seconds) in parts.items()):
         notes.append("Above 100%: data were in caches, or a limit was measured too low.")
     if _changed_by_profiler({"": _step_of(parts)}, {"": unprofiled}):

@@ -73,21 +73,28 @@ def headline(rows: Sequence[Measurement]) -> list[str]:
     compared = [row for row in rows if row.shown and not row.error and any(name in row.extra for name in _RATIOS)]
     lines = []
     for row in compared[:_MOST_RESULTS]:
-        whole = [_words(row, name) for name in _TIMES if name.endswith("_for_1000") and name in row.extra]
-        about = "about " * is_uncertain(row)
-        time = about + (whole[0] if whole else f"{duration(row.median_s)} for {row.samples:,} samples")
+        whole = next((name for name in _TIMES if name.endswith("_for_1000") and name in row.extra), None)
+        words = f"{{}} for {row.samples:,} samples" if whole is None else _TIMES[whole]
+        time = words.format(_time(row, 1.0 if whole is None else row.extra[whole] / row.median_s))
         ratios = [_comparison(row, name) for name in _RATIOS if name in row.extra]
         lines.append(f"{row.case}: {_name(row)} takes {', '.join([time, *ratios])}")
     measured = [row for row in rows if row.shown and not row.error and row.median_s]
     if warning := _uncertainty(measured):
         lines.append(warning)
-    shares = [row.extra["of_bare_loop"] for row in measured if "of_bare_loop" in row.extra]
+    shares = [row.extra["of_bare_loop_high"] for row in measured if "of_bare_loop_high" in row.extra]
     if shares and max(shares) > _MOST_OF_LOOP:
         lines.append(
-            f"warning: the fit has {max(shares):.0%} of the speed of the bare loop, which is a part of it. So "
+            f"warning: a fit has up to {max(shares):.0%} of the speed of the bare loop, which is a part of it. So "
             "other work disturbed the measurement: stop that work, or give more --rounds"
         )
     return lines
+
+
+def _time(row: Measurement, factor: float) -> str:
+    """Return a multiple of the median of the rounds; if they differ much, of the fastest and of the slowest."""
+    if not is_uncertain(row):
+        return duration(factor * row.median_s)
+    return f"{duration(factor * row.fastest_s)} to {duration(factor * (row.fastest_s + row.spread_s))}"
 
 
 def is_uncertain(row: Measurement) -> bool:
@@ -100,10 +107,12 @@ def _uncertainty(measured: Sequence[Measurement]) -> str:
     do = "Stop other work on this machine, or give more --rounds"
     ranges = [(_range(row, name), _is_sure(row, name)) for row in measured for name in _SPEEDS]
     unsure = [range_ for range_, is_sure in ranges if range_ is not None and not is_sure]
-    unknown = "It is not known which is faster. " * any(low < 1 < high for low, high in unsure)
+    unknown = "Another run may give other ratios"
+    unknown += ", so it is not known which is faster. " if any(low < 1 < high for low, high in unsure) else ". "
     if uncertain := [row for row in measured if is_uncertain(row)]:
         worst = max(uncertain, key=lambda row: row.spread_s / row.median_s)
-        others = f", and {counted(len(uncertain) - 1, 'other row')} also by much" if len(uncertain) > 1 else ""
+        count = len(uncertain) - 1
+        others = f"; {counted(count, 'other row')} {'is' if count == 1 else 'are'} uncertain too" if count else ""
         return (
             f"warning: the times are uncertain: the rounds of {worst.case} ({_name(worst)}) differ by "
             f"{worst.spread_s / worst.median_s:.0%} of their median{others}. {unknown}{do}"
