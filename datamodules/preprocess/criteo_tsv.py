@@ -325,7 +325,11 @@ def _fault(line: bytes, labelled: bool) -> str | None:
         unlabelled = labelled and len(fields) == len(COLUMNS) - 1
         hint = " (rows without labels, such as Kaggle's test.txt, are encoded with --vocabulary)" if unlabelled else ""
         if len(fields) == 1 and line:
-            hint = " (a log of another form needs a schema of its own: preprocess --infer writes one)"
+            separated = f"{line.count(b',') + 1} fields between commas" if b"," in line else "1 field"
+            return (
+                f"{separated}, expected {len(columns)} between tabs. A log of another form needs a schema, which "
+                "preprocess --infer FILE.yaml --label COLUMN --input FILE writes"
+            )
         found = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
         return (
             f"{found}, expected {len(columns)} between tabs: {'label, ' if labelled else ''}13 integers, 26 hashes"

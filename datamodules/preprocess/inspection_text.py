@@ -149,7 +149,7 @@ def _split_table(facts: Mapping[str, Any], width: int) -> list[str]:
 _LEGENDS = {
     "missing": "share of the rows without a value; of multi-hot columns, with an empty list",
     "unknown": "share of the validation and test values that the vocabulary does not have",
-    "top id": "share of the most frequent id; (missing) or (rare): this id stands for such values",
+    "top id": "share of the most frequent id",
     "90%": "how many ids, the most frequent ones, 90% of the lookups go to",
 }
 """Header of the table of columns, and what it means."""
@@ -179,6 +179,8 @@ def _column_table(facts: Mapping[str, Any], width: int) -> list[str]:
     shown = [number for number, cells in enumerate(zip(*body, strict=True)) if any(cells)]
     lines = fitted([[row[number] for number in shown] for row in (header, *body)], width, left=(0, 1))
     legends = [f"{header[number]}: {_LEGENDS[header[number]]}" for number in shown if header[number] in _LEGENDS]
+    if kinds := sorted({kind for column in columns for kind in (column["most_frequent_is"] or "").split("/") if kind}):
+        legends.append(f"({') or ('.join(kinds)}): the most frequent id stands for such values")
     if any(column["missing"] is None for column in features):
         legends.append("missing values of columns without a share of them are not counted in this dataset")
     if any(column["role"] == "multi_hot" and column["ids_for_90"] is None for column in columns):

@@ -47,8 +47,13 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands and their options to a parser; ``run`` takes what it parses."""
-    parser.description = "Show, rewrite or import a checkpoint."
-    parser.epilog = "import has its own options: checkpoint import --help"
+    parser.description = """\
+Show, rewrite or import a checkpoint.
+
+examples:
+  python -m lightning_dlrm checkpoint info runs/first/checkpoints/last
+  python -m lightning_dlrm checkpoint reshard runs/first/checkpoints/last --ranks 8 --output last-8"""
+    parser.epilog = "checkpoint COMMAND --help lists the options of a command."
     works = parser.add_subparsers(dest="work", required=True, metavar="COMMAND")
     # Only for the list in --help: ``import`` takes the options of fit and has a parser of its own.
     works.add_parser("import", summary="make a checkpoint of parameters that facebookresearch/dlrm saved")

@@ -117,11 +117,11 @@ def describe_plan(
         lines.append(_line("mean", _summary(costs, statistics.fmean), host, held, size))
         lines.append(_line("largest", _summary(costs, max), host, held, size))
     text = [
-        f"{held[0]}: memory of a rank's rows and their optimizer state",
-        "requested: rows, or sums of a bag's rows, that all ranks request in a step; a",
-        "  rank requests a row once, however often its part of the batch has it",
-        f"{unit} ids, vectors, gradients: what a rank sends in a training step",
         *aligned(lines, left=()),
+        f"{held[0]}: memory of a rank's rows and their optimizer state",
+        "requested: rows, or sums of a bag's rows, that all ranks request from this rank in",
+        "  a step; each requests a row once, however often its part of the batch has it",
+        f"{unit} ids, vectors, gradients: what this rank sends in a training step",
     ]
     pieces_of = {load: plan.pieces_within(load.name, load.start, load.start + load.rows) for load in loads}
     cut = [load for load in loads if len(pieces_of[load]) > 1]
@@ -134,9 +134,9 @@ def describe_plan(
             rows.append((load.name, f"{load.rows:,}", str(len(pieces)), str(ranks), f"{first:,}", f"{largest:,}"))
         text += [
             "",
-            "Tables in several pieces, each of consecutive rows.",
-            "first piece: rows of the piece that begins at row 0",
+            "Tables in several pieces, each of consecutive rows:",
             *aligned(rows, left=()),
+            "first piece: rows of the piece that begins at row 0",
         ]
     bags = [(load, cost) for load, cost in zip(loads, of_tables, strict=True) if load.indices_per_sample > 1]
     if bags and plan.ranks > 1:
@@ -289,8 +289,8 @@ def draw(
 
     held_total = _draw_held(held, loads, costs, width)
     requested = [cost.work for cost in costs]
-    work.bar(ranks, requested, width, color="white", edgecolor="black")
-    work.set_ylabel("embedding rows\nrequested in a step")
+    work.bar(ranks, requested, width, color="0.8", edgecolor="black")
+    work.set_ylabel("embedding rows requested\nfrom a rank in a step")
     work.yaxis.set_major_formatter("{x:,.0f}")
     unit, unit_bytes = sent_unit(costs)
     sums = _stack(

@@ -200,7 +200,7 @@ def final_report(
         (
             "training",
             f"{final[names.SAMPLES]:,} samples in {rounded(final[names.TRAINING_SECONDS])} s; "
-            f"{final[names.PEAK_MEMORY] / 2**30:.2f} GiB of memory at most",
+            f"{final[names.PEAK_MEMORY] / 2**30:.2f} GiB of memory at most{' on rank 0' * (final.get(names.RANKS, 1) > 1)}",
         ),
         ("run folder", str(folder.path)),
         ("W&B", wandb),

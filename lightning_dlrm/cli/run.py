@@ -141,6 +141,9 @@ def instantiate(command: str, parser: CommandParser, settings: Namespace) -> tup
     # Checkpoints keep it, so that the module can be built from them.
     built.model.configuration = plain_document(parser, settings)["model"]
     trainer_settings = built.trainer.as_dict()
+    if trainer_settings["precision"] == "bf16":
+        # Lightning warns of this short name.
+        trainer_settings["precision"] = "bf16-mixed"
     # Other datamodules may give batches with groups.
     grouped = getattr(built.data, "group", "") is not None
     validate_trainer_settings(trainer_settings, settings.stop_at_auc, grouped)

@@ -247,17 +247,19 @@ def _why_undecided(comparison: Comparison, undecided: Sequence[Pair]) -> tuple[s
 def _by_adjustment(comparison: Comparison, undecided: Sequence[Pair]) -> str:
     """Return which leads are no verdict although their intervals exclude 0; empty without one."""
     over: dict[str, list[str]] = {}
-    for pair in undecided:
-        if pair.unadjusted != pair.verdict:
-            over.setdefault(pair.winner, []).append(pair.loser)
+    for winner, loser in _adjusted_away(undecided):
+        over.setdefault(winner, []).append(loser)
     if not over:
         return ""
     verdicts = sum(not pair.single for pair in comparison.pairs)
     leads = joined([f"{winner} over {_listed(losers)}" for winner, losers in over.items()], "and")
-    one = sum(map(len, over.values())) == 1
-    has = f"lead of {leads} has an interval that excludes" if one else f"leads of {leads} have intervals that exclude"
-    are = "the two are" if one else "they are"
-    return f"the {has} 0, but {are} not distinguishable after adjustment for {verdicts} comparisons"
+    are = f"lead of {leads} is" if sum(map(len, over.values())) == 1 else f"leads of {leads} are"
+    return f"the {are} too uncertain for a verdict after adjustment for {verdicts} comparisons"
+
+
+def _adjusted_away(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+    """Return winner and loser of each pair that has a verdict without adjustment only."""
+    return [(pair.winner, pair.loser) for pair in pairs if not pair.single and pair.unadjusted != pair.verdict]
 
 
 def _decided(comparison: Comparison, metric: Metric, except_pair: Pair | None = None) -> list[str]:
@@ -301,7 +303,10 @@ def _by_log_loss(comparison: Comparison, first: Arm, second: Arm) -> str:
     undecided = [pair for pair in others if not (pair.decided or pair.single)]
     level = [({pair.a, pair.b} - {first.name}).pop() for pair in undecided if pair.unadjusted == pair.verdict]
     said = [f"{first.name} is not distinguishable from {_listed(level)}"] if level else []
-    said += filter(None, [_by_adjustment(comparison, undecided)])
+    by_auc_alone = _adjusted_away([pair_of(comparison, first, arm) for arm in ranked(comparison)[1:]])
+    same = f"the same {'lead is' if len(by_auc_alone) == 1 else 'leads are'} too uncertain"
+    as_by_auc = bool(by_auc_alone) and _adjusted_away(undecided) == by_auc_alone
+    said += filter(None, [same if as_by_auc else _by_adjustment(comparison, undecided)])
     decided = _decided(comparison, "log_loss", near)
     agrees = near.winner == first.name if by_auc.decided and near.decided else by_auc.decided == near.decided
     if near.decided:

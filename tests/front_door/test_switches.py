@@ -327,6 +327,13 @@ def test_val_check_interval_beyond_an_epoch_is_refused_in_a_line(capsys: pytest.
 # --- what a step is --------------------------------------------------------------------------------
 
 
+def test_the_short_name_of_a_precision_draws_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    fit("--trainer.max_steps=2", "--trainer.precision=bf16")
+    assert not [str(found.message) for found in recwarn if "historical" in str(found.message)]
+    start = Path("run/config.yaml").read_text()
+    assert "precision: bf16" in start and steps_done() == 2
+
+
 def test_accumulate_grad_batches() -> None:
     fit("--trainer.accumulate_grad_batches=4")
     assert steps_done() == BATCHES // 4 and [step for _, step, _ in Spy.batches] == [i // 4 for i in range(BATCHES)]

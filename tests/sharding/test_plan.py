@@ -329,7 +329,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     zipf = "assumed: the k-th row of a table is looked up 1/k times as often as its first row"
     subject = f"DLRM of dlrm.yaml on demo data, global batch 2,048, 8 ranks of the plan {plan}"
     assert " ".join(setup.split()) == f"{subject}; {zipf}"
-    assert said.index("requested: ") < said.index("\nrank  ") < said.index("first piece: ") < said.index("table  ")
+    assert said.index("\nrank  ") < said.index("requested: ") < said.index("\ntable  ") < said.index("first piece: ")
     assert "on 8 ranks" in table and "Bytes are" not in said
     assert main([*command, "--ranks", "8", "--data.demo.max_table_rows", "911"]) == 0
     assert "Bytes are balanced from 1 MiB a rank on" in capsys.readouterr().out
