@@ -191,7 +191,7 @@ def final_report(
     lines = ["", emphasized(title, sys.stdout), *scores]
     lines += published_notes(published, final, names.VALIDATION, schema.dataset)
     history = folder.lines()
-    last = min(final[names.SAMPLES], names.WINDOW_SAMPLES)
+    last, several = min(final[names.SAMPLES], names.WINDOW_SAMPLES), final.get(names.RANKS, 1) > 1
     facts: list[tuple[str, str | None]] = [
         ("validation AUC", _course(history, f"{names.VALIDATION}/auc")),
         ("training log loss", _course(history, f"{names.TRAIN}/log_loss", f" (last {last:,} samples)")),
@@ -200,7 +200,7 @@ def final_report(
         (
             "training",
             f"{final[names.SAMPLES]:,} samples in {rounded(final[names.TRAINING_SECONDS])} s; "
-            f"{final[names.PEAK_MEMORY] / 2**30:.2f} GiB of memory at most{' on rank 0' * (final.get(names.RANKS, 1) > 1)}",
+            f"{final[names.PEAK_MEMORY] / 2**30:.2f} GiB of memory at most{' on rank 0' * several}",
         ),
         ("run folder", str(folder.path)),
         ("W&B", wandb),
