@@ -82,7 +82,7 @@ Count the parameters, FLOPs and bytes of a configuration; no table is made.
 
 examples:
   python -m lightning_dlrm params --config dlrm.yaml
-  python -m lightning_dlrm params --config mlperf_v2.yaml --json
+  python -m lightning_dlrm params --config deepfm.yaml --json
   python -m lightning_dlrm params --match dcn.yaml --to dlrm.yaml \\
       --by dense --output matched.yaml
 
