@@ -331,6 +331,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert " ".join(setup.split()) == f"{subject}; {zipf}"
     assert said.index("\nrank  ") < said.index("requested: ") < said.index("\ntable  ") < said.index("first piece: ")
     assert "on 8 ranks" in table and "Bytes are" not in said
+    assert max(map(len, table.partition("\n26 tables")[0].splitlines())) <= 80
     assert main([*command, "--ranks", "8", "--data.demo.max_table_rows", "911"]) == 0
     assert "Bytes are balanced from 1 MiB a rank on" in capsys.readouterr().out
     assert f"plan written to {tmp_path / 'again.yaml'}\ndrawing written to {figure}\n" in said
