@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from lightning_dlrm.__main__ import main
 from tests.caches import new_cache
 from tests.forked import interpreter
 
@@ -47,14 +48,12 @@ def pictures(notebook: nbformat.NotebookNode) -> list[int]:
     return [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in cells]
 
 
-@pytest.mark.slow
-@pytest.mark.notebooks
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A Jupyter kernel that need not import torch and Lightning, with folders of its own."""
     monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("work")))
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
-    # A kernel that need not import torch and Lightning.
     kernel = {"argv": [interpreter(), "-m", "ipykernel_launcher", "-f", "{connection_file}"], "language": "python"}
     kernels = tmp_path_factory.mktemp("jupyter")
     (kernels / "kernels/forked").mkdir(parents=True)
@@ -62,17 +61,57 @@ def test_it_runs(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: 
     monkeypatch.setenv("JUPYTER_PATH", str(kernels))
     # As ipykernel sets it, too late for such a process.
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    notebook = nbformat.read(path, as_version=4)
-    committed = pictures(notebook)
+
+
+def execute(notebook: nbformat.NotebookNode, changes: dict[str, str]) -> None:
+    """Run a notebook, with texts of its first cell replaced."""
     cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    for given, smaller in SMALLER.get(path.stem, {}).items():
+    for given, replacement in changes.items():
         assert given in cell.source
-        cell.source = cell.source.replace(given, smaller)
+        cell.source = cell.source.replace(given, replacement)
     before = {entry.name for entry in FOLDER.iterdir()}
     client = NotebookClient(notebook, timeout=300, kernel_name="forked", resources={"metadata": {"path": FOLDER}})
     client.execute()
-    assert pictures(notebook) == committed
     assert {entry.name for entry in FOLDER.iterdir()} == before, "its files go elsewhere"
+
+
+@pytest.mark.slow
+@pytest.mark.notebooks
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    committed = pictures(notebook)
+    execute(notebook, SMALLER.get(path.stem, {}))
+    assert pictures(notebook) == committed
+
+
+@pytest.mark.slow
+@pytest.mark.notebooks
+@pytest.mark.usefixtures("kernel")
+def test_data_and_runs_of_any_kind_are_shown(tmp_path: Path) -> None:
+    """Other columns than Criteo's, and another network; norms are shown if they were logged."""
+    csv, schema, data = (str(tmp_path / name) for name in ("log/clicks.csv", "log.yaml", "data"))
+    for command in (
+        ["generate", "log", "--form", "shop", "--rows", "4000", "--output", str(tmp_path / "log")],
+        ["preprocess", "--infer", schema, "--label", "clicked", "--input", csv],
+        ["preprocess", "--schema", schema, "--input", csv, "--output", data],
+    ):
+        assert main(command) == 0
+    notebook = nbformat.read(FOLDER / "01_data.ipynb", as_version=4)
+    committed = pictures(notebook)
+    execute(notebook, {"DATA = None": f"DATA = {data!r}"})
+    assert pictures(notebook) == committed
+    fit = ["fit", "--config=dcn.yaml", "--config=own_data.yaml", "--data.path", data, "--trainer.max_steps=20"]
+    fit += ["--data.batch_size=64", "--wandb.mode=disabled"]
+    for run, norms in (("plain", "false"), ("norms", "true")):
+        assert (
+            main([*fit, "--run_dir", str(tmp_path / run), "--log_norms", norms, "--trainer.log_every_n_steps=2"]) == 0
+        )
+        notebook = nbformat.read(FOLDER / "02_train.ipynb", as_version=4)
+        committed = pictures(notebook)
+        execute(notebook, {"RUN = None": f"RUN = {str(tmp_path / run)!r}"})
+        assert pictures(notebook) == (committed if norms == "true" else [*committed[:-1], 0])
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

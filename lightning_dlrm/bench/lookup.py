@@ -89,6 +89,9 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     contenders = _contenders(args, workload, batches, device)
     rates = roofline.measure_rates(device, args.precision)
     print(rates)
+    print(
+        "plain PyTorch updates rows by Adagrad, because torch has no row-wise Adagrad; the others by row-wise Adagrad"
+    )
     seconds = time_rounds(contenders, args.rounds, warm_up=1, steps=args.steps)
     return [
         Measurement.of_rounds(

@@ -215,7 +215,7 @@ class ResultDrawing(Drawing):
         """Return the log loss of the click rate alone on a split; 0 if it is not known."""
         run = self.comparison.runs[0]
         if split == names.TRAIN:
-            rate = self.comparison.scores[run.name].samples.click_rate
+            rate = self.comparison.scores[run.name].samples.train_click_rate
             return float(-rate * np.log(rate) - (1 - rate) * np.log(1 - rate)) if rate and rate < 1 else 0.0
         loss, normalized = (run.final.get(f"{split}/{name}") for name in ("log_loss", "normalized_entropy"))
         return loss / normalized if loss and normalized else 0.0

@@ -100,8 +100,7 @@ class Comparison:
 
     @property
     def click_rate_alone(self) -> Mapping[str, float]:
-        """Metrics of predicting the click rate of the training samples for every sample; empty if it is not known, or
-        if the data differ."""
+        """Metrics of predicting the click rate of the split for every sample; empty if the data differ."""
         return {} if self.warnings else self.scores[self.runs[0].name].samples.of_click_rate
 
     @property
@@ -109,7 +108,7 @@ class Comparison:
         """Return what the click rate alone is; empty without its metrics."""
         if not self.click_rate_alone:
             return ""
-        return f"{CLICK_RATE_ALONE}: the click rate of the training samples as the prediction for every sample"
+        return f"{CLICK_RATE_ALONE}: the click rate of the {self.split} split as the prediction for every sample"
 
     def random_runs(self, arm: Arm) -> list[Run]:
         """Return the runs of a configuration whose AUC is no better than that of random predictions; all, if their mean

@@ -33,7 +33,7 @@ class Samples:
     """The labels and groups of every sample of a split, in row order."""
 
     labels: NDArray[np.int8]
-    click_rate: float | None
+    train_click_rate: float | None
     """Click rate of the training samples; None if it is not known."""
     best_auc: float | None
     """Best reachable AUC; None if it is not known."""
@@ -55,10 +55,8 @@ class Samples:
 
     @cached_property
     def of_click_rate(self) -> dict[str, float]:
-        """Metrics of predicting the click rate for every sample: see ``click_metrics``; empty if it is not known."""
-        if self.click_rate is None:
-            return {}
-        return _metrics(np.full(len(self.labels), self.click_rate, np.float32), self)
+        """Metrics of predicting the click rate of the split for every sample: see ``click_metrics``."""
+        return _metrics(np.full(len(self.labels), np.mean(self.labels > 0), np.float32), self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +151,10 @@ def read_samples(run: Run, split: Split, group: str | None = None) -> Samples:
         raise UserError(f"all {len(labels):,} labels of the {split} split are {labels[0]}: compare on another --split")
     train = data.schema.splits.get("train")
     clicks, rows = (0, 0) if train is None else (train.positives or 0, train.rows)
-    click_rate = clicks / rows if 0 < clicks < rows else None
+    train_click_rate = clicks / rows if 0 < clicks < rows else None
     optimum = data.schema.optimum.get(split)
-    samples = Samples(labels=labels, click_rate=click_rate, best_auc=None if optimum is None else optimum.auc)
+    best_auc = None if optimum is None else optimum.auc
+    samples = Samples(labels=labels, train_click_rate=train_click_rate, best_auc=best_auc)
     if batches[0][1] is None:
         return samples
     groups: NDArray[np.int64] = torch.cat([number for _, number in batches]).numpy()

@@ -133,6 +133,8 @@ class LossGuard(pl.Callback):
         position, _, logits_B = next(entry for entry in unseen if not entry[1].isfinite())
         samples = (~logits_B.isfinite()).nonzero().flatten().tolist()
         where = f", first at sample {samples[0]} of the batch" if samples else ""
+        last = unseen[-1][0].step
+        found = f"; found by the check after step {last}" if last > position.step else ""
         if position.step == 1:
             raise UserError(
                 f"the loss is not finite at step 1 (batch {position.batch} of epoch 0{where}), before the first "
@@ -145,7 +147,7 @@ class LossGuard(pl.Callback):
         gradients = f"largest gradients at step {step}, the last checked step: {listed}; " if sizes else ""
         raise UserError(
             f"the loss is not finite at step {position.step} (epoch {position.epoch}, batch {position.batch} of "
-            f"it{where}); {gradients}{self.advice}"
+            f"it{where}{found}); {gradients}{self.advice}"
         )
 
 

@@ -218,6 +218,9 @@ def test_ranks_end_together_after_signals_to_one_of_them_or_to_all(cases: list[t
             codes[1 - rank] = SIGNALS[signal.SIGTERM]
         assert [process.returncode for process in processes] == codes, said
         assert "continue with: python -m lightning_dlrm" in said[0] and not left_over(Path("run"))
+        # A checkpoint of every step: the steps since the last one are one step at most.
+        manifest = json.loads(Path("run/checkpoints/last/manifest.json").read_text())
+        assert logged < lines_of("run") <= manifest["header"]["step"] + 1
 
 
 @pytest.mark.slow

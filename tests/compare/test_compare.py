@@ -480,17 +480,15 @@ def test_a_configuration_that_did_not_train_is_no_side_of_a_comparison(
     assert len(re.findall(r"^DLRM - DCN .* -  a side did not train$", said, re.MULTILINE)) == 2
     assert [pair["did_not_train"] for pair in document["pairs"]] == [["DCN"], ["DCN"]]
     assert [arm["seeds_no_better_than_random"] for arm in document["arms"]] == [[], [1, 2]]
-    # The click rate is that of the training samples.
+    # The click rate is that of the test samples, as in the table of a fit.
     data = Criteo("demo", demo=DemoSettings(**DEMO))
     data.setup("test")
-    train = data.schema.splits["train"]
-    assert train.positives is not None
-    rate = train.positives / train.rows
-    clicks = torch.cat([batch.label for batch in data.test_dataloader()]).double().mean().item()
-    entropy = -clicks * np.log(rate) - (1 - clicks) * np.log(1 - rate)
+    rate = torch.cat([batch.label for batch in data.test_dataloader()]).double().mean().item()
+    entropy = -rate * np.log(rate) - (1 - rate) * np.log(1 - rate)
     alone = document["click_rate_alone"]
+    assert alone["test/normalized_entropy"] == pytest.approx(1) and alone["test/calibration"] == pytest.approx(1)
     assert alone["test/auc"] == 0.5 and alone["test/log_loss"] == pytest.approx(entropy, abs=1e-6)
-    assert alone["test/accuracy"] == pytest.approx(1 - clicks) and f"{entropy:.5f}" in said
+    assert alone["test/accuracy"] == pytest.approx(1 - rate) and f"{entropy:.5f}" in said
 
 
 def test_a_seed_that_did_not_train_is_named(
@@ -1257,7 +1255,7 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
         assert {text.xy[0] for text in axes.texts} == {0}
     assert all(axes.get_xlim()[0] == 0 for axes in drawn["auc"].axes)
     # The log loss has the level that a model should get below.
-    rate = next(iter(samples.values())).click_rate
+    rate = next(iter(samples.values())).train_click_rate
     assert rate is not None and "Dotted: the log loss of the click rate alone" in captions["log_loss"]
     entropy = -rate * np.log(rate) - (1 - rate) * np.log(1 - rate)
     for axes in drawn["log_loss"].axes:
