@@ -18,8 +18,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         # This process starts those that run the tests.
         return
-    # A shell that starts the tests in the background has SIGINT ignored.
+    # A shell that starts the tests in the background has SIGINT ignored, and nohup has SIGHUP ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # Looking for garbage among a million new objects takes a tenth of the collection.
     gc.disable()
     import torch
