@@ -19,7 +19,7 @@ _INDENT = 24
 _COLUMN = 8
 """Column at which the words of an option begin here, below its name."""
 _REWORDED = {
-    "Print the configuration after applying": "print the configuration that all files and options give, and end",
+    "Print the configuration after applying": "print the configuration that all files and options give, and exit",
     'One or more arguments specifying "class_path"': "class of the data, Criteo in the shipped configurations; its "
     "options are --data.path DIR and those that --data.help Criteo lists",
     "Show this help message and exit.": "show the short help; --help.all shows this help",
@@ -160,11 +160,11 @@ def _head(key: str, path: str) -> str:
         # Optimizers of torch have the names of update rules.
         chosen = name if is_offered and not path.startswith("torch.") else path
         words = (
-            f"The class {name}: choose it with --{key} {chosen}, or in a YAML with class_path: {chosen}. The options "
-            "below are keys of its init_args."
+            f"The class {name}: choose it with --{key} {chosen}, or in a YAML file with class_path: {chosen}. The "
+            "options below are keys of its init_args."
         )
     else:
-        words = f"The settings of --{key}. In a YAML the options below are keys of {section}."
+        words = f"The settings of --{key}. In a YAML file the options below are keys of {section}."
         return _wrap(words, "")
     if key.startswith("trainer."):
         return _wrap(words, "")

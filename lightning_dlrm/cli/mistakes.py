@@ -215,7 +215,8 @@ def _explain_section(key: str, value: str, message: str) -> str | None:
     needed = re.search(r"- (\w+) is missing: give it a value", message)
     of_class = rf"class_path='(?:\w+\.)*(\w+)', init_args=Namespace\([^()]*\b{needed[1]}=None" if needed else ""
     if needed and (chosen := re.search(of_class, value)):
-        return f"{key}: {chosen[1]} needs {needed[1]}: give --{key}.{needed[1]}, or in a YAML init_args: {needed[1]}"
+        give = f"give --{key}.{needed[1]}, or in a YAML file init_args: {needed[1]}"
+        return f"{key}: {chosen[1]} needs {needed[1]}: {give}"
     if match := re.search(r"Unable to load config ['\"](.*?)['\"]", message):
         return f"{key} is {match[1]}; expected keys with values, which --help.all lists"
     return None

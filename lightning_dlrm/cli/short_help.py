@@ -10,14 +10,14 @@ TRUST_HELP = (
 )
 
 _CONFIGURATION = """\
-  --config FILE              a YAML; later files overlay earlier ones
+  --config FILE              a YAML file; later files overlay earlier ones
   --data.path DIR            a dataset folder, or demo (generated data)"""
 
 _CLASSES = """\
-Any key of a YAML is an option too, such as
+Any key of a YAML file is an option too, such as
 --model.network.init_args.top_mlp '[512,256]'. --help.all lists all options;
 --model.network.help DLRM and --data.help Criteo list the options of a class.
---trust MODULE lets a YAML name classes of this module (SECURITY.md)."""
+--trust MODULE lets a YAML file name classes of this module (SECURITY.md)."""
 
 
 def _evaluation(command: str, more: str) -> str:
@@ -71,7 +71,7 @@ options:
   --model.compile true       compile the dense layers
   --stop_at_auc AUC          end after the first validation that reaches it
   --wandb.mode MODE          auto, online, offline or disabled
-  --print_config             print the configuration of these options, and end
+  --print_config             print the configuration of these options, and exit
 
 {_CLASSES}""",
     "validate": f"Score a checkpoint on the validation split.\n\n{_evaluation('validate', _GROUP)}",
@@ -108,7 +108,10 @@ examples:
 options:
 {_CONFIGURATION}
   --ranks N                  world size (default: as the Trainer's settings)
-  --memory-per-rank SIZE     most memory of a rank, or one amount for each
+  --memory-per-rank SIZE     most memory of every rank: 80GiB, or one amount
+                             for each: 24GiB,80GiB
+  --wire TYPE                full or bf16: type of the vectors and gradients
+                             that ranks send (default: full)
   --device-memory SIZE       memory of each device for tables, beside dense
                              layers and activations, which are not counted;
                              other rows stay on the host; not together with

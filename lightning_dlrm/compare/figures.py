@@ -393,8 +393,8 @@ class ResultDrawing(Drawing):
                 else " of each seed. A mark is the mean of a group over the seeds, so errors of seeds in opposite "
                 "directions cancel here; "
             )
-            + "bars are Wilson's 95% intervals. On the grey line clicks are as frequent as predicted; below it there "
-            "are fewer clicks than predicted.",
+            + "bars are Wilson's 95% intervals, hidden by the mark if they are shorter. On the grey line clicks are as "
+            "frequent as predicted; below it there are fewer clicks than predicted.",
         )
 
     def _lines(self) -> str:

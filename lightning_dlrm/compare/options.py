@@ -69,5 +69,7 @@ def make_parser() -> HelpParser:
         "--group", metavar="COLUMN",
         help="also report the AUC by group of a kept column, such as the user (default: data.group of the runs)",
     )  # fmt: skip
-    result.add_argument("--dry-run", action="store_true", help="check everything, show what would be compared, and end")
+    result.add_argument(
+        "--dry-run", action="store_true", help="check everything, show the planned comparison, and exit"
+    )
     return parser

@@ -237,7 +237,7 @@ def _why_undecided(comparison: Comparison, undecided: Sequence[Pair]) -> tuple[s
         said.append(f"{leads[0].upper()}{leads[1:]}.")
     share, samples = undecided[0].difference.seed_share, comparison.scores[comparison.runs[0].name].samples
     if share > 0.5:
-        said.append(f"{share:.0%} of the uncertainty comes from the seeds.")
+        said.append(f"With {_seeds(comparison)}, {share:.0%} of the uncertainty comes from the seeds.")
         return " ".join(said), _more_seeds(comparison, ranked(comparison))
     of = f"the {len(samples.labels):,} {comparison.split} samples"
     said.append(f"{1 - share:.0%} of the uncertainty comes from {of}.")
@@ -253,8 +253,10 @@ def _by_adjustment(comparison: Comparison, undecided: Sequence[Pair]) -> str:
         return ""
     verdicts = sum(not pair.single for pair in comparison.pairs)
     leads = joined([f"{winner} over {_listed(losers)}" for winner, losers in over.items()], "and")
-    are = f"lead of {leads} is" if sum(map(len, over.values())) == 1 else f"leads of {leads} are"
-    return f"the {are} too uncertain for a verdict after adjustment for {verdicts} comparisons"
+    one = sum(map(len, over.values())) == 1
+    are = f"lead of {leads} is" if one else f"leads of {leads} are"
+    excludes = "its interval excludes 0" if one else "their intervals exclude 0"
+    return f"the {are} too uncertain for a verdict after adjustment for {verdicts} comparisons, although {excludes}"
 
 
 def _adjusted_away(pairs: Sequence[Pair]) -> list[tuple[str, str]]:

@@ -3,7 +3,8 @@
 import inspect
 import pydoc
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, cast, get_args
 
 import lightning_dlrm
 from lightning_dlrm.compare.runs import Arm, differing, format_value, within
@@ -70,10 +71,18 @@ def short(key: str) -> str:
 
 
 def _default(class_path: Any, argument: str) -> Any:
-    """Return the default of an argument of a class; ``inspect.Parameter.empty`` if there is none."""
+    """Return the default of an argument of a class, such as ``embedding_dim``, or of a key of an argument that is a
+    dataclass, such as ``tables.project``; ``inspect.Parameter.empty`` if there is none."""
     # Classes of this project have their name alone.
     path = str(class_path)
     owner = pydoc.locate(path) if "." in path else getattr(lightning_dlrm, path, None)
     parameters = inspect.signature(owner).parameters if isinstance(owner, type) else {}
-    default = parameters[argument].default if argument in parameters else inspect.Parameter.empty
+    first, _, key = argument.partition(".")
+    default = parameters[first].default if first in parameters else inspect.Parameter.empty
+    if key and first in parameters:
+        annotation = parameters[first].annotation
+        sections = [found for found in (annotation, *get_args(annotation)) if is_dataclass(found)]
+        default = (
+            getattr(cast(Any, sections[0])(), key, inspect.Parameter.empty) if sections else inspect.Parameter.empty
+        )
     return list(default) if isinstance(default, tuple) else default

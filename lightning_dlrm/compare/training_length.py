@@ -69,7 +69,7 @@ def improving_words(comparison: Comparison) -> tuple[str, str, str]:
     if len(found) == len(comparison.arms):
         listed = "both configurations" if len(found) == 2 else "all configurations"
     was, its = ("was", "its") if len(found) == 1 else ("were", "their")
-    places = [f"{one.behind:.3f} behind" if one.behind else "the first" for one in found]
+    places = [f"{one.behind:.3f} behind" if one.behind else "the highest AUC" for one in found]
     rises = joined([f"{one.rise:.3f} for {one.arm} ({of})" for one, of in zip(found, places, strict=True)], "and")
     # Either may end a training, so that both have to grow.
     bounds = {

@@ -391,6 +391,8 @@ def test_rows_and_updates_are_bound_in_float32() -> None:
     doubt = "The profiler changes the time of a step much"
     assert doubt in paper.render_roofline("bf16-mixed", parts, rates, 1.0)
     assert doubt not in paper.render_roofline("bf16-mixed", parts, rates, 7.0)
+    # Longer lines would break on a terminal.
+    assert max(map(len, paper.render_roofline("bf16-mixed", parts, rates, 1.0).splitlines())) < 80
 
 
 def test_a_slow_profiler_is_named() -> None:

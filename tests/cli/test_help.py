@@ -14,33 +14,33 @@ from lightning_dlrm.__main__ import main
     [
         (
             "--model.network.help DLRM",
-            "The class DLRM: choose it with --model.network DLRM, or in a YAML with class_path: DLRM. The options "
+            "The class DLRM: choose it with --model.network DLRM, or in a YAML file with class_path: DLRM. The options "
             "below are keys of its init_args. model: network: class_path: DLRM init_args: KEY: VALUE Bottom MLP",
             "(--model.network.tables.help lists its keys, default: null)",
         ),
         (
             "--data.help Criteo",
-            "The class Criteo: choose it with --data Criteo, or in a YAML with class_path: Criteo. The options below ",
+            "The class Criteo: choose it with --data Criteo, or in a YAML file with class_path: Criteo. The ",
             "default: 2048)",
         ),
         (
             "--model.dense_optimizer.help torch.optim.Adam",
-            "The class Adam: choose it with --model.dense_optimizer torch.optim.Adam, or in a YAML with class_path: ",
+            "The class Adam: choose it with --model.dense_optimizer torch.optim.Adam, or in a YAML file with ",
             "--model.dense_optimizer.lr VALUE learning rate.",
         ),
         (
             "--model.network.tables.help",
-            "The settings of --model.network.tables. In a YAML the options below are keys of tables. Settings of emb",
+            "The settings of --model.network.tables. In a YAML file the options below are keys of tables. ",
             "(type: Mapping[str, int] | list[str] | str, default: [])",
         ),
         (
             "--data.demo.help",
-            "The settings of --data.demo. In a YAML the options below are keys of demo. Settings of demo data; ",
+            "The settings of --data.demo. In a YAML file the options below are keys of demo. Settings of demo data; ",
             "--data.demo.max_table_rows N Most rows of a table; null for the sizes of Criteo Kaggle (default: ",
         ),
         (
             "--trainer.callbacks.help EarlyStopping",
-            "The class EarlyStopping: choose it with --trainer.callbacks EarlyStopping, or in a YAML with class_path: ",
+            "The class EarlyStopping: choose it with --trainer.callbacks EarlyStopping, or in a YAML file with ",
             "It must be noted that the patience parameter",
         ),
     ],

@@ -169,7 +169,7 @@ def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pyt
         (["fit", "--config", "dlrm.yaml", "--wandb", "false"], "error: --wandb is false; expected keys with values"),
         (
             ["fit", "--config", "dlrm.yaml", "--trainer.callbacks", "EarlyStopping"],
-            "--trainer.callbacks: EarlyStopping needs monitor: give --trainer.callbacks.monitor, or in a YAML in",
+            "--trainer.callbacks: EarlyStopping needs monitor: give --trainer.callbacks.monitor, or in a YAML file in",
         ),
         (["plan", "--config", "dlrm.yaml", "--devicememory", "1GiB"], "did you mean --device-memory?"),
         (["fit", "--confg", "dlrm.yaml"], "unknown option --confg; did you mean --config?"),
