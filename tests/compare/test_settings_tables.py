@@ -11,6 +11,6 @@ def test_defaults_are_left_out_at_any_depth() -> None:
     rows = differing_rows({"wide": wide, "plain": {"model.network.class_path": "DCN"}})
     assert rows == [
         ["network", "DLRM", "DCN"],
-        ["network.embedding_dim", "8", "none"],
-        ["network.tables.initial_bound", "0.01", "none"],
+        ["network.embedding_dim", "8", "-"],
+        ["network.tables.initial_bound", "0.01", "-"],
     ]
