@@ -75,7 +75,7 @@ def render_report(schema: DatasetSchema, stages: Sequence[StageTime], width: int
     lines = ["", *aligned(splits)]
     if schema.by_role("label"):
         lines.append("  positive: share of the rows with label 1")
-    lines += filled_below(f"how rows were split: {split_words(schema)}", width, "  ", 4)
+    lines += filled_below(f"split  {split_words(schema)}", width, "  ", 4)
     lines += ["", *_column_lines(schema, width), ""]
     lines += filled_below(
         f"{counted(read, 'row')} read, {counted(rows, 'row')} written{f' to {output}' if output else ''} in "

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from datamodules.folder import failures_as_user_errors, file_system, is_remote
 from datamodules.preprocess.journal import fingerprint
-from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.contracts.errors import UserError, nearest_path, one_line, require
 
 Compression = Literal["none", "gzip", "zstd"]
 
@@ -201,7 +201,8 @@ def find_files(paths: Sequence[str], of_criteo: bool = True) -> list[RawFile]:
 def _find_local(path: str, of_criteo: bool) -> RawFile:
     place = Path(path)
     require(not place.is_dir(), f"{path} is a folder; name the files in it")
-    require(place.exists(), f"{path} does not exist; check the path, or download the file")
+    near = nearest_path(place) or "; check the path, or download the file"
+    require(place.exists(), f"{path} does not exist{near}")
     require(
         place.is_file() and os.access(place, os.R_OK),
         f"{path} cannot be read; expected a readable file: check its type and permissions",

@@ -86,6 +86,12 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return "".join(f"; did you mean {name}?" for name in similar(word, known, cutoff))
 
 
+def nearest_path(path: Path) -> str:
+    """Return ``; did you mean PATH?`` for a similar entry beside a path, or an empty text."""
+    found = nearest(path.name, [entry.name for entry in path.parent.glob("*")])
+    return found.replace("mean ", f"mean {str(path).removesuffix(path.name)}", 1)
+
+
 def in_yaml(value: object) -> str:
     """Return a value as a YAML has it.
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from lightning_dlrm.contracts.documents import is_inner_path, is_name, parse_json, read_bounded
-from lightning_dlrm.contracts.errors import UserError, listed, one_line, require
+from lightning_dlrm.contracts.errors import UserError, listed, nearest_path, one_line, require
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = "dataset.json"
@@ -305,12 +305,11 @@ class DatasetSchema:
         path = folder / SCHEMA_FILE
         try:
             require(not folder.is_file(), f"{folder} is a file; give the dataset folder that holds {SCHEMA_FILE}")
-            require(
-                folder.is_dir(),
-                f"no dataset folder at {folder}: expected a folder with {SCHEMA_FILE}; make one with "
-                "'python -m lightning_dlrm preprocess', or one of demo data with 'python -m lightning_dlrm "
-                "generate demo'",
+            make = (
+                f": expected a folder with {SCHEMA_FILE}; make one with 'python -m lightning_dlrm preprocess', or one of "
+                "demo data with 'python -m lightning_dlrm generate demo'"
             )
+            require(folder.is_dir(), f"no dataset folder at {folder}{nearest_path(folder) or make}")
             if not path.is_file():
                 raise UserError(f"{folder} is not a dataset folder: it has no {SCHEMA_FILE}{_what_to_give(folder)}")
             text = read_bounded(path, "check the path and its permissions")

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_dlrm.contracts.disk import flush
-from lightning_dlrm.contracts.errors import UserError, nearest, one_line, require
+from lightning_dlrm.contracts.errors import UserError, nearest, nearest_path, one_line, require
 from lightning_dlrm.contracts.schema import file_sha256
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.finite import is_finite, nonfinite_tensors
@@ -172,9 +172,7 @@ def resolve_checkpoint(folder: Path) -> Path:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     if len(missing) > 1:
         first = missing[-1]
-        near = nearest(first.name, [path.name for path in first.parent.glob("*/")])
-        near = near.replace("mean ", f"mean {str(first).removesuffix(first.name)}", 1)
-        expected = near or "; expected a folder such as runs/NAME/checkpoints/last"
+        expected = nearest_path(first) or "; expected a folder such as runs/NAME/checkpoints/last"
         raise UserError(f"checkpoint {folder} does not exist: there is no folder {first}{expected}")
     beside = [name for name in ("best", "last") if (folder.parent / name / MANIFEST).is_file()]
     meant = nearest(folder.name, beside)

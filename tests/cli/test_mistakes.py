@@ -349,3 +349,19 @@ def test_checkpoint_of_another_model_or_dataset(capsys: pytest.CaptureFixture[st
     ]:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["inspect", "mydat"], "mydata"),
+        (["fit", "--config", "dlrm.yaml", "--data.path", "mydat"], "mydata"),
+        (["preprocess", "--infer", "new.yaml", "--input", "logs/click.csv"], "logs/clicks.csv"),
+    ],
+)
+def test_a_similar_path_is_suggested(arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mydata").mkdir()
+    Path("logs").mkdir()
+    Path("logs/clicks.csv").touch()
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"; did you mean {meant}?")
