@@ -306,8 +306,8 @@ class DatasetSchema:
         try:
             require(not folder.is_file(), f"{folder} is a file; give the dataset folder that holds {SCHEMA_FILE}")
             make = (
-                f": expected a folder with {SCHEMA_FILE}; make one with 'python -m lightning_dlrm preprocess', or one of "
-                "demo data with 'python -m lightning_dlrm generate demo'"
+                f": expected a folder with {SCHEMA_FILE}; make one with 'python -m lightning_dlrm preprocess', or one "
+                "of demo data with 'python -m lightning_dlrm generate demo'"
             )
             require(folder.is_dir(), f"no dataset folder at {folder}{nearest_path(folder) or make}")
             if not path.is_file():
