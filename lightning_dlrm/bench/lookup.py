@@ -89,9 +89,8 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     contenders = _contenders(args, workload, batches, device)
     rates = roofline.measure_rates(device, args.precision)
     print(rates)
-    print(
-        "plain PyTorch updates rows by Adagrad, because torch has no row-wise Adagrad; the others by row-wise Adagrad"
-    )
+    others = "lightning_dlrm and FBGEMM" if any(name == "peer" for name, _ in contenders) else "lightning_dlrm"
+    print(f"updates: {others} by row-wise Adagrad; plain PyTorch by Adagrad, because torch has no row-wise Adagrad")
     seconds = time_rounds(contenders, args.rounds, warm_up=1, steps=args.steps)
     return [
         Measurement.of_rounds(

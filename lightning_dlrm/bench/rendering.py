@@ -74,7 +74,9 @@ def headline(rows: Sequence[Measurement]) -> list[str]:
     lines = []
     for row in compared[:_MOST_RESULTS]:
         whole = next((name for name in _TIMES if name.endswith("_for_1000") and name in row.extra), None)
-        words = f"{{}} for {row.samples:,} samples" if whole is None else _TIMES[whole]
+        samples = f"{row.samples:,} samples"
+        words = "{}" if row.case.startswith(samples) else f"{{}} for {samples}"
+        words = words if whole is None else _TIMES[whole]
         time = words.format(_time(row, 1.0 if whole is None else row.extra[whole] / row.median_s))
         ratios = [_comparison(row, name) for name in _RATIOS if name in row.extra]
         lines.append(f"{row.case}: {_name(row)} takes {', '.join([time, *ratios])}")
@@ -110,16 +112,21 @@ def _uncertainty(measured: Sequence[Measurement]) -> str:
     unknown = "Another run may give other ratios"
     unknown += ", so it is not known which is faster. " if any(low < 1 < high for low, high in unsure) else ". "
     if uncertain := [row for row in measured if is_uncertain(row)]:
-        worst = max(uncertain, key=lambda row: row.spread_s / row.median_s)
-        count = len(uncertain) - 1
-        others = f"; {counted(count, 'other row')} {'is' if count == 1 else 'are'} uncertain too" if count else ""
-        return (
-            f"warning: the times are uncertain: the rounds of {worst.case} ({_name(worst)}) differ by "
-            f"{worst.spread_s / worst.median_s:.0%} of their median{others}. {unknown}{do}"
-        )
+        worst, *others = sorted(uncertain, key=lambda row: -row.spread_s / row.median_s)
+        is_one_case = len({row.case for row in measured}) == 1
+        label, *labels = [_name(row) if is_one_case else f"{_name(row)} ({row.case})" for row in (worst, *others)]
+        also = [f"those of {name} by {_spread(row)}" for name, row in zip(labels, others, strict=True)]
+        if len(also) > _MOST_RESULTS:
+            also = [f"those of {counted(len(also), 'other row')} by less"]
+        times = ", ".join([f"the times of {label} differ by {_spread(worst)} of their median", *also])
+        return f"warning: uncertain: {times}. {unknown}{do}"
     if unsure:
         return f"warning: a ratio differs by more than {_LARGE_SPREAD:.0%} between the rounds. {unknown}{do}"
     return ""
+
+
+def _spread(row: Measurement) -> str:
+    return f"{row.spread_s / row.median_s:.0%}"
 
 
 def render(rows: Sequence[Measurement]) -> str:
@@ -136,7 +143,7 @@ def render(rows: Sequence[Measurement]) -> str:
                     if row.error
                     else [
                         duration(row.median_s),
-                        f"{row.spread_s / row.median_s:.0%}" if row.spread_s else "",
+                        _spread(row) if row.spread_s else "",
                         f"{row.samples_per_s:,.0f}",
                     ]
                 ),
@@ -152,8 +159,10 @@ def render(rows: Sequence[Measurement]) -> str:
         if row.error:
             text.append(f"    {row.error}")
         elif row.extra:
-            shown_names = [name for name in row.extra if not name.endswith(("_low", "_high"))]
-            text.append("    " + "; ".join(_words(row, name) for name in shown_names))
+            names = [name for name in row.extra if not name.endswith(("_low", "_high"))]
+            ratios = [name for name in names if name in _RATIOS]
+            for of_line in (ratios, [name for name in names if name not in _RATIOS]):
+                text += ["    " + "; ".join(_words(row, name) for name in of_line)] * bool(of_line)
     return "\n".join(text + _notes(shown))
 
 
@@ -167,17 +176,23 @@ def _notes(shown: Sequence[Measurement]) -> list[str]:
         ]
     else:
         lines = ["Times are of one round, which shows no spread; less is better."]
-    if any(_range(row, name) for row in shown for name in _RATIOS):
+    sure = [_is_sure(row, name) for row in shown for name in _RATIOS if _range(row, name)]
+    if any(sure):
         lines += [
-            "A ratio is the median of the ratios of the rounds, and not the ratio of the",
-            "medians. In brackets is its range over the rounds; an uncertain ratio is given",
-            "as this range, with its median in brackets.",
+            "A ratio is the median of the ratios of the rounds, not the ratio of the medians;",
+            "in brackets is its range over the rounds.",
+        ]
+    if not all(sure):
+        lines += [
+            "An uncertain ratio is given as its range over the rounds; in brackets is the",
+            "median of the ratios of the rounds, which is not the ratio of the medians.",
         ]
     if any(row.floor_s is not None for row in shown):
         lines += [
             "The floor is the least time of this work, by rates of the machine that were",
-            "measured now; x floor is median / floor, and 1 is the limit. It is large if",
-            "tensors are small, because starting operators takes time, or if other work ran.",
+            "measured now. x floor is median / floor, and 1 is the limit. x floor is large",
+            "if tensors are small, because starting operators takes time, or if other work",
+            "ran.",
         ]
     if any(row.floor_s is not None and row.median_s < row.floor_s for row in shown):
         lines.append("Below 1: data were in caches, or a limit was measured too low.")

@@ -139,11 +139,11 @@ def _describe(found: dict[str, Any]) -> str:
     header = dict(found["header"])
     if "epoch" in header:
         # The file counts epochs from 0, and one that is complete still has its own number.
-        header["saved in epoch"] = header.pop("epoch") + 1
+        header["epoch"] = f"{header['epoch'] + 1} (the first is 1)"
     # The first digits of a fingerprint, as inspect shows them.
     facts = {
         name: str(value)[:16] if name.endswith("fingerprint") else f"{value:,}" if type(value) is int else value
-        for name, value in header.items()
+        for name, value in sorted(header.items(), key=lambda fact: fact[0].endswith("fingerprint"))
     }
     facts["dense layers"] = f"{binary_size(found['dense_bytes'])} with their optimizer state, in rest.pt"
     facts["size"] = f"{binary_size(found['bytes'])} in {counted(found['files'], 'file')}"
@@ -151,10 +151,20 @@ def _describe(found: dict[str, Any]) -> str:
     rows = [("table", "rows", "width", "pieces", "size", "optimizer state")]
     for name, table in found["tables"].items():
         shape = table["shapes"]["weight"]
-        slots = ", ".join(slot for slot in table["shapes"] if slot != "weight")
+        # The accumulators of row-wise Adagrad are one number a row, [rows].
+        numbers = {slot: math.prod(found[1:]) for slot, found in table["shapes"].items() if slot != "weight"}
+        slots = [f"{slot}: {count:,} a row" for slot, count in numbers.items()]
         size, pieces = binary_size(table["bytes"]), f"{len(table['pieces']):,}"
-        rows.append((name, f"{shape[0]:,}", str(shape[1]), pieces, size, slots or "none"))
-    return "\n".join([*lines, *aligned(rows, left=(0, 5)), ""])
+        rows.append((name, f"{shape[0]:,}", str(shape[1]), pieces, size, ", ".join(slots) or "none"))
+    tables = found["tables"].values()
+    total_rows = sum(table["shapes"]["weight"][0] for table in tables)
+    total_pieces = sum(len(table["pieces"]) for table in tables)
+    total = binary_size(sum(table["bytes"] for table in tables))
+    rows.append(("all", f"{total_rows:,}", "", f"{total_pieces:,}", total, ""))
+    notes = ["pieces: files of a table, one for each rank that holds some of its rows"]
+    if any(name.endswith("/linear") for name in found["tables"]):
+        notes.append("NAME/linear: the first-order weights of column NAME")
+    return "\n".join([*lines, *aligned(rows, left=(0, 5)), *notes, ""])
 
 
 def _bounds(reader: "CheckpointReader", args: argparse.Namespace) -> dict[str, list[int]]:

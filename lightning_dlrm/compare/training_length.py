@@ -113,7 +113,7 @@ def _decays(arm: Arm) -> bool:
 
 def _with(comparison: Comparison, options: Sequence[str]) -> str:
     """Return the options of another training, and that an experiment needs another folder for it."""
-    how = f", such as with {' '.join(options)}" if options else ""
+    how = f", for example with {' '.join(options)}" if options else ""
     return how + f"{' and' if how else ', with'} another --output" * comparison.experiment
 
 

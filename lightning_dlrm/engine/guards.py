@@ -28,9 +28,9 @@ class Position:
     step: int
     """Optimizer step, from 1."""
     epoch: int
-    """Epoch, from 0."""
+    """Epoch, from 1."""
     batch: int
-    """Batch of the epoch, from 0."""
+    """Batch of the epoch, from 1."""
 
 
 class LossGuard(pl.Callback):
@@ -53,7 +53,7 @@ class LossGuard(pl.Callback):
         self._scale = f"the data have large numbers in {large_numbers}: {_SCALE}; or " if large_numbers else ""
         self.advice = (
             f"{self._scale}lower the learning rates ({listed}), warm up longer, or set trainer.gradient_clip_val; "
-            "checkpoints of earlier steps, if there are any, are unchanged"
+            "no checkpoint was changed"
         )
         self.fault = ""
         """What is wrong with the logits of the first batch; empty if nothing is."""
@@ -137,14 +137,16 @@ class LossGuard(pl.Callback):
         found = f"; found by the check after step {last}" if last > position.step else ""
         if position.step == 1:
             raise UserError(
-                f"the loss is not finite at step 1 (batch {position.batch} of epoch 0{where}), before the first "
+                f"the loss is not finite at step 1 (batch {position.batch} of epoch 1{where}), before the first "
                 f"update, so learning rates are not the cause; {self._scale}look in the network and the loss for a "
                 "division by 0, a logarithm of 0, or dense values that self.missing has not replaced; check_network "
                 "tests a network"
             )
         step, sizes = self._largest
         listed = ", ".join(f"{name} {size:.3g}" for name, size in list(sizes.items())[:3])
-        gradients = f"largest gradients at step {step}, the last checked step: {listed}; " if sizes else ""
+        gradients = (
+            f"largest gradients at step {step}, the last step whose gradients were read: {listed}; " if sizes else ""
+        )
         raise UserError(
             f"the loss is not finite at step {position.step} (epoch {position.epoch}, batch {position.batch} of "
             f"it{where}{found}); {gradients}{self.advice}"

@@ -244,7 +244,7 @@ class CTRModule(pl.LightningModule):
         loss = self.batch_loss(logits_B, _labels(batch)) * (self.trainer.world_size / batch.global_size)
         # The last batch of an epoch may be smaller.
         self._batch_size = max(self._batch_size, batch.global_size * self.trainer.accumulate_grad_batches)
-        position = Position(self.trainer.global_step + 1, self.trainer.current_epoch, batch_idx)
+        position = Position(self.trainer.global_step + 1, self.trainer.current_epoch + 1, batch_idx + 1)
         self.guard.watch(loss.detach(), logits_B, position, self.network)
         total = self._scaled(loss + penalty_of(self.network, self.regularization), batch_idx)
         return {"loss": total, "step_loss": loss.detach(), "logits": logits_B.detach()}

@@ -142,7 +142,7 @@ def format_metrics(metrics: MetricsLogger, width: int) -> str:
     """Return the newest metrics of a fit, the most important ones first, as many as fit into a number of characters."""
     latest = metrics.latest
     parts = [
-        f"loss {latest[names.TRAIN_LOSS]:.4f}",
+        f"loss {latest[names.TRAIN_LOSS]:{'.4f' if abs(latest[names.TRAIN_LOSS]) < 1000 else '.3g'}}",
         f"{latest[names.SAMPLES_PER_SECOND]:,.0f} samples/s now",
         f"data wait {latest[names.DATA_WAIT_SHARE]:.0%}",
         f"{peak_memory()[names.PEAK_MEMORY] / 2**30:.2f} GiB",

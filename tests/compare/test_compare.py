@@ -543,7 +543,7 @@ def test_a_configuration_that_was_still_improving_is_named(
         assert "But DCN was still improving when its training ended." in text and "DLRM wins" in text
     assert re.search(
         r"In the last part of the training the validation AUC rose by 0\.150 for DCN \(0\.\d{3} behind\)\. "
-        r"Before you trust this ranking, train all configurations longer, such as with "
+        r"Before you trust this ranking, train all configurations longer, for example with "
         r"--trainer\.max_epochs 3\.",
         document["answer"],
     )
@@ -693,7 +693,7 @@ def test_runs_of_few_steps_say_if_one_validation_cannot_show_whether_they_were_s
     said = (
         "Whether a configuration was still improving is not known without a validation in the middle of the training."
     )
-    advice = "Train again with such a validation, such as with --trainer.val_check_interval 5"
+    advice = "Train again with such a validation, for example with --trainer.val_check_interval 5"
     assert f"{advice}." in below_head(one)
     assert f"{advice} and another --output." in below_head(dataclasses.replace(one, experiment=True))
     assert said in below_head(one) and said not in below_head(comparison)
@@ -717,7 +717,7 @@ def test_a_longer_training_grows_by_all_its_bounds() -> None:
     comparison = after(STAYS, RISES)
     for run in (run for arm in comparison.arms for run in arm.runs):
         run.settings["trainer.max_steps"] = 60
-    assert "longer, such as with --trainer.max_steps 180 --trainer.max_epochs 3. " in below_head(comparison)
+    assert "longer, for example with --trainer.max_steps 180 --trainer.max_epochs 3. " in below_head(comparison)
 
 
 def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(

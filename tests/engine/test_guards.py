@@ -57,10 +57,10 @@ def test_an_infinite_loss_stops_the_fit_and_saves_nothing(log_every: int, every:
     message = str(found.value)
     checked = {(4, 0): 8, (1, 0): 6, (100, 7): 7, (100, 0): 8}[log_every, every]
     late = f"; found by the check after step {checked}" if checked > 6 else ""
-    assert f"not finite at step 6 (epoch 0, batch 5 of it, first at sample 3 of the batch{late}); largest" in message
+    assert f"not finite at step 6 (epoch 1, batch 6 of it, first at sample 3 of the batch{late}); largest" in message
     assert "learning rates (dense 0.05, tables 0.1)" in message and "\n" not in message
     looked_at = {1: 5, 4: 4, 100: 1}[log_every]
-    assert f"largest gradients at step {looked_at}, the last checked step: " in message
+    assert f"largest gradients at step {looked_at}, the last step whose gradients were read: " in message
     assert CheckpointReader(newest_checkpoint(run / "checkpoints")).header["step"] == 4
 
 
