@@ -299,7 +299,9 @@ def test_merged_and_cut_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert lines[2].split() == ["epoch", "1", "(the", "first", "is", "1)"]
     assert re.fullmatch(r"dense layers +[\d.]+ \w+ with their optimizer state, in rest\.pt", lines[3])
     assert lines[4].split(maxsplit=1) == ["size", f"{binary_size(size)} in 3 files"]
-    assert lines[-3].split()[:4] == ["C1", "100", "3", "2"] and lines[-3].endswith("  sum")
+    row, total = lines[-5], lines[-4]
+    assert row.split()[:4] == ["C1", "100", "3", "2"] and row.endswith("  sum: 3 a row")
+    assert total.split()[:3] == ["all", "100", "2"]
     assert lines[-1] == "checksums were not compared: --verify compares them" and max(map(len, lines[1:])) < 80
 
 
