@@ -201,8 +201,8 @@ def find_files(paths: Sequence[str], of_criteo: bool = True) -> list[RawFile]:
 def _find_local(path: str, of_criteo: bool) -> RawFile:
     place = Path(path)
     require(not place.is_dir(), f"{path} is a folder; name the files in it")
-    near = nearest_path(place) or "; check the path, or download the file"
-    require(place.exists(), f"{path} does not exist{near}")
+    if not place.exists():
+        raise UserError(f"{path} does not exist{nearest_path(place) or '; check the path, or download the file'}")
     require(
         place.is_file() and os.access(place, os.R_OK),
         f"{path} cannot be read; expected a readable file: check its type and permissions",

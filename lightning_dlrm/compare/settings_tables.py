@@ -3,8 +3,8 @@
 import inspect
 import pydoc
 from collections.abc import Mapping
-from dataclasses import is_dataclass
-from typing import Any, cast, get_args
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_args
 
 import lightning_dlrm
 from lightning_dlrm.compare.runs import Arm, differing, format_value, within
@@ -82,7 +82,8 @@ def _default(class_path: Any, argument: str) -> Any:
     if key and first in parameters:
         annotation = parameters[first].annotation
         sections = [found for found in (annotation, *get_args(annotation)) if is_dataclass(found)]
-        default = (
-            getattr(cast(Any, sections[0])(), key, inspect.Parameter.empty) if sections else inspect.Parameter.empty
-        )
+        found = {field.name: field for section in sections for field in fields(section)}.get(key)
+        default = inspect.Parameter.empty if found is None else found.default
+        if found is not None and found.default_factory is not MISSING:
+            default = found.default_factory()
     return list(default) if isinstance(default, tuple) else default

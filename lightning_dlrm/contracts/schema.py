@@ -305,11 +305,12 @@ class DatasetSchema:
         path = folder / SCHEMA_FILE
         try:
             require(not folder.is_file(), f"{folder} is a file; give the dataset folder that holds {SCHEMA_FILE}")
-            make = (
-                f": expected a folder with {SCHEMA_FILE}; make one with 'python -m lightning_dlrm preprocess', or one "
-                "of demo data with 'python -m lightning_dlrm generate demo'"
-            )
-            require(folder.is_dir(), f"no dataset folder at {folder}{nearest_path(folder) or make}")
+            if not folder.is_dir():
+                make = (
+                    f": expected a folder with {SCHEMA_FILE}; make one with 'python -m lightning_dlrm preprocess', or "
+                    "one of demo data with 'python -m lightning_dlrm generate demo'"
+                )
+                raise UserError(f"no dataset folder at {folder}{nearest_path(folder) or make}")
             if not path.is_file():
                 raise UserError(f"{folder} is not a dataset folder: it has no {SCHEMA_FILE}{_what_to_give(folder)}")
             text = read_bounded(path, "check the path and its permissions")
