@@ -325,8 +325,8 @@ def render_roofline(
             )
         )
     notes = [
-        "The parts of a step of lightning_dlrm. A part reaches floor / takes; 100% is",
-        "the limit of this machine.",
+        "The parts of a step of lightning_dlrm; MFLOP and MB are those of one step.",
+        "A part reaches floor / takes; 100% is the limit of this machine.",
         *doubts,
     ]
     if any(rates.floor_of(part, cost, precision) > seconds for part, (cost, seconds) in parts.items()):

@@ -106,10 +106,12 @@ def is_uncertain(row: Measurement) -> bool:
 
 def _uncertainty(measured: Sequence[Measurement]) -> str:
     """Return a warning if times or ratios are uncertain; empty if they are not."""
-    do = "Stop other work on this machine, or give more --rounds"
+    # Each round of the paper's workload takes batches of its own.
+    more = "--batches and --rounds" if any(row.work == "paper" for row in measured) else "--rounds"
+    do = f"Stop other work on this machine, or give more {more}"
     ranges = [(_range(row, name), _is_sure(row, name)) for row in measured for name in _SPEEDS]
     unsure = [range_ for range_, is_sure in ranges if range_ is not None and not is_sure]
-    unknown = "Another run may give other ratios"
+    unknown = f"Another run may give other {'ratios' if unsure else 'times'}"
     unknown += ", so it is not known which is faster. " if any(low < 1 < high for low, high in unsure) else ". "
     if uncertain := [row for row in measured if is_uncertain(row)]:
         worst, *others = sorted(uncertain, key=lambda row: -row.spread_s / row.median_s)
@@ -179,8 +181,8 @@ def _notes(shown: Sequence[Measurement]) -> list[str]:
     sure = [_is_sure(row, name) for row in shown for name in _RATIOS if _range(row, name)]
     if any(sure):
         lines += [
-            "A ratio is the median of the ratios of the rounds, not the ratio of the medians;",
-            "in brackets is its range over the rounds.",
+            "A ratio is the median of the ratios of the rounds, not the ratio of the",
+            "medians; in brackets is its range over the rounds.",
         ]
     if not all(sure):
         lines += [

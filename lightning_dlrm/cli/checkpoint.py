@@ -146,7 +146,7 @@ def _describe(found: dict[str, Any]) -> str:
         for name, value in sorted(header.items(), key=lambda fact: fact[0].endswith("fingerprint"))
     }
     facts["dense layers"] = f"{binary_size(found['dense_bytes'])} with their optimizer state, in rest.pt"
-    facts["size"] = f"{binary_size(found['bytes'])} in {counted(found['files'], 'file')}"
+    facts["size"] = f"{binary_size(found['bytes'])} in {counted(found['files'], 'file')} and manifest.json"
     lines = [found["path"], *(f"{name.replace('_', ' '):22s}{value}" for name, value in facts.items()), ""]
     rows = [("table", "rows", "width", "pieces", "size", "optimizer state")]
     for name, table in found["tables"].items():

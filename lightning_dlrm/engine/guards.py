@@ -53,7 +53,7 @@ class LossGuard(pl.Callback):
         self._scale = f"the data have large numbers in {large_numbers}: {_SCALE}; or " if large_numbers else ""
         self.advice = (
             f"{self._scale}lower the learning rates ({listed}), warm up longer, or set trainer.gradient_clip_val; "
-            "no checkpoint was changed"
+            "no checkpoint has NaN or infinite values"
         )
         self.fault = ""
         """What is wrong with the logits of the first batch; empty if nothing is."""

@@ -298,7 +298,7 @@ def test_merged_and_cut_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert lines[0] == str(tmp_path / "planned") and lines[1].split() == ["step", "9"]
     assert lines[2].split() == ["epoch", "1", "(the", "first", "is", "1)"]
     assert re.fullmatch(r"dense layers +[\d.]+ \w+ with their optimizer state, in rest\.pt", lines[3])
-    assert lines[4].split(maxsplit=1) == ["size", f"{binary_size(size)} in 3 files"]
+    assert lines[4].split(maxsplit=1) == ["size", f"{binary_size(size)} in 3 files and manifest.json"]
     row, total = lines[-5], lines[-4]
     assert row.split()[:4] == ["C1", "100", "3", "2"] and row.endswith("  sum: 1 a row")
     assert total.split()[:3] == ["all", "100", "2"]
