@@ -375,7 +375,7 @@ def test_a_table_of_one_round_has_no_spread_and_uncertain_rows_are_counted() -> 
         "warning: a ratio differs by more than 25% between the rounds. Another run may give other ratios. Stop"
     )
     # Lines that are longer than a terminal would break, whether ratios are sure or not.
-    sure = replace(steady, extra=speed_ratio("speed_over_peer", (1.0, 1.2), (2.0, 2.4)))
+    sure = replace(steady, extra=speed_ratio("speed_over_peer", (1.0, 1.2), (2.0, 2.5)))
     said = render([steady, sure])
     assert "the ratios of the rounds, not" in said and "An uncertain ratio" in said
     assert max(map(len, said.splitlines())) < 80
