@@ -101,7 +101,8 @@ def test_data_and_runs_of_any_kind_are_shown(tmp_path: Path) -> None:
     notebook = nbformat.read(FOLDER / "01_data.ipynb", as_version=4)
     committed = pictures(notebook)
     execute(notebook, {"DATA = None": f"DATA = {data!r}"})
-    assert pictures(notebook) == committed
+    # This log has no missing values to draw.
+    assert pictures(notebook) == [committed[0], 0, *committed[2:]]
     fit = ["fit", "--config=dcn.yaml", "--config=own_data.yaml", "--data.path", data, "--trainer.max_steps=20"]
     fit += ["--data.batch_size=64", "--wandb.mode=disabled"]
     for run, norms in (("plain", "false"), ("norms", "true")):
