@@ -54,12 +54,12 @@ def simulate(laws: range, seeds: int, fewer: int) -> Counter[tuple[str, str, int
 
 def test_a_configuration_is_itself_and_a_defect_is_worse() -> None:
     torch.set_num_threads(1)
-    found = simulate(range(3), seeds=3, fewer=2)
+    found = simulate(range(5), seeds=3, fewer=2)
     for metric in UNGROUPED:
         for sides in ("itself, other seeds", "itself, same orders"):
-            assert found[sides, metric, 3, "not_distinguishable"] >= 2
+            assert found[sides, metric, 3, "not_distinguishable"] >= 4
         for sides in ("defect, other seeds", "defect, same seeds"):
-            assert found[sides, metric, 3, "a_better"] == 3
+            assert found[sides, metric, 3, "a_better"] >= 4
 
 
 @pytest.mark.slow
