@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
+from tests.forked import shared_server
+
 # Files are not flushed to the disk: a fit flushes some 200, which takes longer than its steps. No test cuts the power.
 os.fsync = lambda descriptor: None
 
@@ -17,6 +19,7 @@ os.fsync = lambda descriptor: None
 def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         # This process starts those that run the tests.
+        shared_server()
         return
     # A shell that starts the tests in the background has SIGINT ignored, and nohup has SIGHUP ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)

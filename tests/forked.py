@@ -1,13 +1,15 @@
 """``python ARGUMENTS`` in processes that are forked from a server, which has imported torch and Lightning.
 
-Importing them takes longer than most tests. The server imports packages of others alone: each process imports ours from
-its own path. At its end it waits for its threads and calls what is registered to be called then; only with
-``FORKED_WHOLE_END`` in its environment does it also free its objects as an interpreter does, which takes 1 s.
+Importing them takes longer than most tests, so all processes of a test run share a server. The server imports packages
+of others alone: each process imports ours from its own path. At its end it waits for its threads and
+calls what is registered to be called then; only with ``FORKED_WHOLE_END`` in its environment does it also free its
+objects as an interpreter does, which takes 1 s.
 """
 
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import gc
 import json
 import os
@@ -31,6 +33,9 @@ PACKAGES = "pytorch_lightning.cli", "pyarrow.compute", "pyarrow.parquet", "reque
 
 INTERPRETER = "FORKED_INTERPRETER"
 """Environment variable: the ``sys.executable`` of a forked process, such as ``interpreter()``."""
+
+FOLDER = "FORKED_FOLDER"
+"""Environment variable: the folder of the server that the processes of a test run share; see ``shared_server``."""
 
 WHOLE_END = "FORKED_WHOLE_END"
 """Environment variable: if set, a forked process frees its objects at its end."""
@@ -123,8 +128,11 @@ def interpreter() -> str:
         real = f'if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
         # torchrun's workers do not buffer what they print.
         real += 'if [ "$1" = -u ]; then shift; fi\n'
-        path.write_text(f'#!/bin/sh\n{real}exec {sys.executable} -IS {__file__} {_server()} "$@"\n')
-        path.chmod(0o755)
+        # Renamed when it is complete, because other test processes look for it too.
+        unfinished = path.with_name(f"python-{os.getpid()}")
+        unfinished.write_text(f'#!/bin/sh\n{real}exec {sys.executable} -IS {__file__} {_server()} "$@"\n')
+        unfinished.chmod(0o755)
+        unfinished.rename(path)
     return str(path)
 
 
@@ -138,18 +146,37 @@ def ask(address: str, arguments: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
+def shared_server() -> None:
+    """Make the folder of a server for this process and all that it starts; the first that needs the server starts it.
+
+    The server and its folder end with this process.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="fork-"))
+    os.environ[FOLDER] = str(folder)
+    os.mkfifo(folder / "alive")
+    # A reader sees its end when this process has ended. Opened for reading too, it waits for no reader.
+    os.open(folder / "alive", os.O_RDWR)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
 @cache
 def _server() -> str:
-    """Start the server; return the address that it listens at."""
-    address = tempfile.mkdtemp(prefix="fork-") + "/server"
-    # Its stdin ends with this process, and the server with it.
-    read_end, _ = os.pipe()
-    subprocess.run([sys.executable, __file__, address], stdin=read_end, start_new_session=True, check=True)
-    deadline = time.monotonic() + 120
-    while not Path(address).exists():
-        assert time.monotonic() < deadline, "the server of forked processes does not start"
-        time.sleep(0.05)
-    return address
+    """Start the server if it does not run; return the address that it listens at."""
+    if FOLDER not in os.environ:
+        shared_server()
+    folder = Path(os.environ[FOLDER])
+    address = folder / "server"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not address.exists():
+            with (folder / "alive").open() as alive:
+                command = [sys.executable, __file__, str(address)]
+                subprocess.run(command, stdin=alive, start_new_session=True, check=True)
+            deadline = time.monotonic() + 120
+            while not address.exists():
+                assert time.monotonic() < deadline, "the server of forked processes does not start"
+                time.sleep(0.05)
+    return str(address)
 
 
 def serve(address: Path) -> None:
@@ -178,7 +205,7 @@ def serve(address: Path) -> None:
         ready, _, _ = select.select([listener, 0], [], [])
         if 0 in ready:
             shutil.rmtree(MEDIA_TMP.name)
-            shutil.rmtree(address.parent)
+            shutil.rmtree(address.parent, ignore_errors=True)
             os._exit(0)
         connection, _ = listener.accept()
         if os.fork() == 0:

@@ -141,16 +141,16 @@ def _split_table(facts: Mapping[str, Any], width: int) -> list[str]:
     words = ["positive: share of the rows with label 1"] if "positive" in shown else []
     if "unknown" in shown:
         words.append(
-            "unknown, rare: shares of the values of all tables; rare ones are too seldom for a row of their own"
+            "unknown, rare: shares of the values of all tables; rare values are too infrequent to get their own row"
         )
     return lines + [part for one in words for part in filled_below(one, width, "  ", 4)]
 
 
 _LEGENDS = {
     "missing": "share of the rows without a value; of multi-hot columns, with an empty list",
-    "unknown": "share of the validation and test values that the vocabulary does not have",
+    "unknown": "share of the validation and test values that the vocabulary does not have; 0 if ids are of all rows",
     "top id": "share of the most frequent id",
-    "90%": "how many ids, the most frequent ones, 90% of the lookups go to",
+    "90%": "number of the most frequent ids that together have 90% of the lookups",
 }
 """Header of the table of columns, and what it means."""
 

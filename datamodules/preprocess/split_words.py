@@ -92,7 +92,7 @@ def _days(split: Mapping[str, Any], files: Sequence[str]) -> str:
     halves = f"its first half is the {first} split, its second half the {second} split"
     if split["days"] == "files" and len(files) > 1:
         return f"by files: {files[-1]}, the last one, is held out: {halves}"
-    return f"by position: the rows make {DAYS} equal days, of which the last is held out: {halves}"
+    return f"by position: the rows are cut into {DAYS} equal days, of which the last is held out: {halves}"
 
 
 def _percent(share: float) -> str:

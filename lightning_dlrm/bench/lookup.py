@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     rates = roofline.measure_rates(device, args.precision)
     print(rates)
     others = "lightning_dlrm and FBGEMM" if any(name == "peer" for name, _ in contenders) else "lightning_dlrm"
+    print("a step: lookup, backward pass and update of rows")
     print(f"updates: {others} by row-wise Adagrad; plain PyTorch by Adagrad, because torch has no row-wise Adagrad")
     seconds = time_rounds(contenders, args.rounds, warm_up=1, steps=args.steps)
     return [

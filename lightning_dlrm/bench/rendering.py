@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from lightning_dlrm.bench.measurement import Measurement, duration
+from lightning_dlrm.bench.measurement import Measurement, duration, three_digits
 from lightning_dlrm.contracts.terminal import aligned, binary_size, counted
 
 _DLRM = {"baseline": "plain PyTorch", "peer": "facebookresearch/dlrm"}
@@ -10,7 +10,7 @@ _NAMES: Mapping[str, Mapping[str, str]] = {
     "auc": {"peer": "scikit-learn"},
     "fit": _DLRM,
     "loader": {"baseline": "bare pyarrow"},
-    "lookup": {"baseline": "plain PyTorch", "peer": "FBGEMM"},
+    "lookup": {"baseline": "plain PyTorch with Adagrad", "peer": "FBGEMM"},
     "paper": _DLRM,
     "preprocess": {"baseline": "pyarrow.csv", "peer": "facebookresearch/dlrm"},
     "sharding": {"baseline": "whole tables under DDP", "peer": "whole tables without exchange"},
@@ -150,7 +150,7 @@ def render(rows: Sequence[Measurement]) -> str:
                     ]
                 ),
                 "" if floor is None or row.error else duration(floor),
-                "" if floor is None or row.error else _three_digits(row.median_s / floor),
+                "" if floor is None or row.error else three_digits(row.median_s / floor),
             )
         )
     header, *lines = aligned(cells, left=(0,))
@@ -242,19 +242,10 @@ def _comparison(row: Measurement, name: str) -> str:
     """Return a ratio of speeds in words: its median first if it is sure, otherwise its range over the rounds."""
     is_share = name in _SHARES
     words = (f"of {_SHARES[name]}" if is_share else f"times as fast as {_SPEEDS[name]}").format(**_others(row.work))
-    value, range_ = (f"{row.extra[name]:.0%}" if is_share else _three_digits(row.extra[name])), _range(row, name)
+    value, range_ = (f"{row.extra[name]:.0%}" if is_share else three_digits(row.extra[name])), _range(row, name)
     if range_ is None:
         return f"{value} {words}" + " (uncertain: one round)" * (not row.spread_s)
-    rounds = " to ".join(dict.fromkeys(f"{end:.0%}" if is_share else _three_digits(end) for end in range_))
+    rounds = " to ".join(dict.fromkeys(f"{end:.0%}" if is_share else three_digits(end) for end in range_))
     if _is_sure(row, name):
         return f"{value} {words} (rounds: {rounds})"
     return f"{rounds} {words} (uncertain, median {value})"
-
-
-def _three_digits(number: float) -> str:
-    """Format a number with three digits.
-
-    >>> [_three_digits(number) for number in (1.234, 46_123.0)]
-    ['1.23', '46,100']
-    """
-    return f"{float(f'{number:.3g}'):,g}"

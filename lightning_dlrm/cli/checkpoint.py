@@ -135,6 +135,14 @@ def info(reader: "CheckpointReader") -> dict[str, Any]:
     }
 
 
+_SLOTS = {
+    "sum": "sum of the squared gradients (Adagrad)",
+    "mean": "moving average of the gradients (Adam)",
+    "square": "moving average of the squared gradients (Adam)",
+}
+"""Name of optimizer state -> what it is."""
+
+
 def _describe(found: dict[str, Any]) -> str:
     header = dict(found["header"])
     if "epoch" in header:
@@ -162,6 +170,8 @@ def _describe(found: dict[str, Any]) -> str:
     total = binary_size(sum(table["bytes"] for table in tables))
     rows.append(("all", f"{total_rows:,}", "", f"{total_pieces:,}", total, ""))
     notes = ["pieces: files of a table, one for each rank that holds some of its rows"]
+    used = {slot for table in tables for slot in table["shapes"]}
+    notes += [f"{slot}: {words}" for slot, words in _SLOTS.items() if slot in used]
     if any(name.endswith("/linear") for name in found["tables"]):
         notes.append("NAME/linear: the first-order weights of column NAME")
     return "\n".join([*lines, *aligned(rows, left=(0, 5)), *notes, ""])

@@ -120,7 +120,7 @@ def describe_plan(
         *aligned(lines, left=()),
         f"{held[0]}: memory of a rank's rows and their optimizer state",
         "requested: rows, or sums of a bag's rows, that all ranks request from this rank",
-        "  in a step; each requests a row once, however often its part of a batch has it",
+        "  in a step; a rank requests a row once, even if several of its samples use it",
         f"{unit} ids, vectors, gradients: what this rank sends in a training step",
     ]
     pieces_of = {load: plan.pieces_within(load.name, load.start, load.start + load.rows) for load in loads}

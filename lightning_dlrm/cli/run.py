@@ -384,8 +384,8 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
         ) from error
     finally:
         trained = succeeded and (job.metrics_logger is None or job.metrics_logger.samples > 0)
-        if not trained and job.made_folder:
-            job.folder.remove_without_results()
+        if not trained and job.made_folder and job.folder.remove_without_results():
+            log.info("run folder %s is removed: the run has no results", job.folder.path)
         if wandb is not None and job.folder.path.exists() and not (succeeded and job.command == "fit"):
             log.info("W&B: %s", wandb)
         if job.lock is not None:

@@ -1,4 +1,4 @@
-"""Guards of a fit: a loss or a parameter that is not finite ends it, and predictions at chance level draw a warning."""
+"""Guards of a fit: a NaN or infinite loss or parameter ends it, and predictions at chance level draw a warning."""
 
 import logging
 import math
@@ -41,7 +41,7 @@ class LossGuard(pl.Callback):
     device. Parameters and optimizer state are read before each save and at the end.
 
     Args:
-        rates: learning rates by group, for the message about a loss that is not finite.
+        rates: learning rates by group, for the message about a NaN or infinite loss.
         large_numbers: dense columns with large numbers, for the message; see ``DatasetSchema.large_numbers``.
     """
 
@@ -53,7 +53,7 @@ class LossGuard(pl.Callback):
         self._scale = f"the data have large numbers in {large_numbers}: {_SCALE}; or " if large_numbers else ""
         self.advice = (
             f"{self._scale}lower the learning rates ({listed}), warm up longer, or set trainer.gradient_clip_val; "
-            "no checkpoint has NaN or infinite values"
+            "checkpoints that were saved before are not affected"
         )
         self.fault = ""
         """What is wrong with the logits of the first batch; empty if nothing is."""
@@ -132,24 +132,22 @@ class LossGuard(pl.Callback):
             return
         position, _, logits_B = next(entry for entry in unseen if not entry[1].isfinite())
         samples = (~logits_B.isfinite()).nonzero().flatten().tolist()
-        where = f", first at sample {samples[0]} of the batch" if samples else ""
+        where = f", first in its sample {samples[0]}" if samples else ""
         last = unseen[-1][0].step
-        found = f"; found by the check after step {last}" if last > position.step else ""
+        found = f"; found after step {last}" if last > position.step else ""
         if position.step == 1:
             raise UserError(
-                f"the loss is not finite at step 1 (batch {position.batch} of epoch 1{where}), before the first "
+                f"the loss is NaN or infinite at step 1 (batch {position.batch} of epoch 1{where}), before the first "
                 f"update, so learning rates are not the cause; {self._scale}look in the network and the loss for a "
                 "division by 0, a logarithm of 0, or dense values that self.missing has not replaced; check_network "
                 "tests a network"
             )
         step, sizes = self._largest
         listed = ", ".join(f"{name} {size:.3g}" for name, size in list(sizes.items())[:3])
-        gradients = (
-            f"largest gradients at step {step}, the last step whose gradients were read: {listed}; " if sizes else ""
-        )
+        gradients = f"; largest gradients at step {step}, the last ones that were read: {listed}" if sizes else ""
         raise UserError(
-            f"the loss is not finite at step {position.step} (epoch {position.epoch}, batch {position.batch} of "
-            f"it{where}{found}); {gradients}{self.advice}"
+            f"the loss is NaN or infinite at step {position.step} (batch {position.batch} of epoch "
+            f"{position.epoch}{where}{found}): {self.advice}{gradients}"
         )
 
 
@@ -184,7 +182,7 @@ def refuse_bad_state(network: CTRNetwork, optimizer: CTROptimizer | None, step: 
             if lookup.tables
         }
         bad += nonfinite_tensors({"dense": dense, "tables": tables}, "optimizer state")
-    require(not bad, f"{', '.join(bad[:3])} is not finite after step {step}, so nothing is saved; {advice}")
+    require(not bad, f"{', '.join(bad[:3])} is NaN or infinite after step {step}, so nothing is saved: {advice}")
 
 
 def words_of_chance(

@@ -210,10 +210,12 @@ class RunFolder:
                 log.info("%s has changed; the previous version is kept as %s", path, set_aside(path))
             self.write_text(name, text)
 
-    def remove_without_results(self) -> None:
-        """Remove the folder if the run failed before its first result."""
-        if not self.metrics.exists() and not self.checkpoints.exists():
-            shutil.rmtree(self.path, ignore_errors=True)
+    def remove_without_results(self) -> bool:
+        """Remove the folder if the run failed before its first result; return whether it did."""
+        if self.metrics.exists() or self.checkpoints.exists():
+            return False
+        shutil.rmtree(self.path, ignore_errors=True)
+        return True
 
 
 class JsonLinesLogger(Logger):

@@ -355,7 +355,7 @@ def test_a_table_of_one_round_has_no_spread_and_uncertain_rows_are_counted() -> 
         )  # fmt: skip
 
     said = render([row("ours", 1.0), row("peer", 2.0)])
-    assert "of one round, which shows no spread" in said and said.count(" 1,230\n") == 2 and "  spread  " not in said
+    assert "of one round, which shows no spread" in said and said.count(" 1,234\n") == 2 and "  spread  " not in said
     said = render([row("ours", 1.0, 1.1), row("peer", 2.0, 4.0)])
     assert [line.split()[3] for line in said.splitlines()[2:4]] == ["10%", "67%"]
     assert said.count("minus that of the fastest, as a\nshare of the median.") == 1
@@ -365,7 +365,7 @@ def test_a_table_of_one_round_has_no_spread_and_uncertain_rows_are_counted() -> 
     steady = row("ours", 1.0, 1.2)
     steady = replace(steady, extra=speed_ratio("speed_over_peer", (1.0, 1.2), (1.2, 1.0)))
     result, warning = headline([steady])
-    assert "takes 1.1 s for 10 samples, 0.833 to 1.2 times as fast as" in result
+    assert "takes 1.10 s for 10 samples, 0.833 to 1.20 times as fast as" in result
     assert warning.startswith(
         "warning: a ratio differs by more than 25% between the rounds. Another run may give other"
     )
@@ -379,7 +379,7 @@ def test_a_table_of_one_round_has_no_spread_and_uncertain_rows_are_counted() -> 
     said = render([steady, sure])
     assert "the ratios of the rounds, not" in said and "An uncertain ratio" in said
     assert max(map(len, said.splitlines())) < 80
-    assert "takes 1 s to 1.5 s for 10 samples" in headline([replace(row("ours", 1.0, 1.5), extra=steady.extra)])[0]
+    assert "takes 1.00 s to 1.50 s for 10 samples" in headline([replace(row("ours", 1.0, 1.5), extra=steady.extra)])[0]
 
 
 def test_rows_and_updates_are_bound_in_float32() -> None:
@@ -409,7 +409,7 @@ def test_a_slow_profiler_is_named() -> None:
     told = " ".join(said.split())
     assert "under the profiler, a step of ours takes 5 times the time" in told and "of baseline takes" not in told
     # The contender whose times are uncertain has no shares.
-    assert said.count("1 s  14%") == len(paper.OPERATORS) and said.count("100%") == 1
+    assert said.count("1.00 s  14%") == len(paper.OPERATORS) and said.count("100%") == 1
     said = paper.render_operators("32-true", columns, {"ours": 2.1 * steps, "baseline": 3 * steps})
     told = " ".join(said.split())
     assert "a step of ours takes 0.48 times the time" in told and "of baseline takes 0.33 times" in told
@@ -426,14 +426,14 @@ def test_a_slow_profiler_is_named() -> None:
 @pytest.mark.parametrize(
     ("ours", "peer", "said"),
     [
-        ((1.0,), (3.0,), "3 times as fast as scikit-learn (uncertain: one round)"),
+        ((1.0,), (3.0,), "3.00 times as fast as scikit-learn (uncertain: one round)"),
         ((4.06,), (1.0,), "0.246 times as fast as scikit-learn (uncertain: one round)"),
-        ((1.0, 1.0, 1.0), (3.0, 3.1, 3.2), "3.1 times as fast as scikit-learn (rounds: 3 to 3.2)"),
-        ((4.0, 4.2, 4.4), (1.0, 1.0, 1.0), "0.238 times as fast as scikit-learn (rounds: 0.227 to 0.25)"),
-        ((1.0, 1.0, 1.0), (0.9, 0.98, 1.1), "0.98 times as fast as scikit-learn (rounds: 0.9 to 1.1)"),
-        ((1.0, 1.0, 1.0), (2.0, 80.0, 90.0), "2 to 90 times as fast as scikit-learn (uncertain, median 80)"),
-        ((1.5, 2.0, 4.0), (1.0, 1.0, 1.0), "0.25 to 0.667 times as fast as scikit-learn (uncertain, median 0.5)"),
-        ((1.0, 1.0, 1.0), (0.5, 0.9, 2.0), "0.5 to 2 times as fast as scikit-learn (uncertain, median 0.9)"),
+        ((1.0, 1.0, 1.0), (3.0, 3.1, 3.2), "3.10 times as fast as scikit-learn (rounds: 3.00 to 3.20)"),
+        ((4.0, 4.2, 4.4), (1.0, 1.0, 1.0), "0.238 times as fast as scikit-learn (rounds: 0.227 to 0.250)"),
+        ((1.0, 1.0, 1.0), (0.9, 0.98, 1.1), "0.980 times as fast as scikit-learn (rounds: 0.900 to 1.10)"),
+        ((1.0, 1.0, 1.0), (2.0, 80.0, 90.0), "2.00 to 90.0 times as fast as scikit-learn (uncertain, median 80.0)"),
+        ((1.5, 2.0, 4.0), (1.0, 1.0, 1.0), "0.250 to 0.667 times as fast as scikit-learn (uncertain, median 0.500)"),
+        ((1.0, 1.0, 1.0), (0.5, 0.9, 2.0), "0.500 to 2.00 times as fast as scikit-learn (uncertain, median 0.900)"),
     ],
 )
 def test_a_ratio_says_how_sure_it_is(ours: tuple[float, ...], peer: tuple[float, ...], said: str) -> None:

@@ -107,7 +107,7 @@ def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "as it is",
         "label; 1 dense (I1); 2 categorical (C1, C2)",
         "reserved rows missing values have a row of their own",
-        "90%: how many ids, the most frequent ones, 90% of the lookups go to",
+        "90%: number of the most frequent ids that together have 90% of the lookups",
         "positive: share of the rows with label 1",
         "missing values of columns without a share of them are not counted",
         "the checksums of all files match",
@@ -207,7 +207,8 @@ def halves(first: str, second: str) -> str:
             "dlrm",
             {},
             ["train.txt"],
-            f"by position: the rows make 7 equal days, of which the last is held out: {halves('test', 'validation')}",
+            "by position: the rows are cut into 7 equal days, of which the last is held out: "
+            f"{halves('test', 'validation')}",
         ),
         (
             "terabyte",

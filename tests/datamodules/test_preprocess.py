@@ -667,7 +667,8 @@ def test_command_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out, err = capsys.readouterr()
     schema = DatasetSchema.load(folder)
     assert f"{sum(schema.features.table_rows):,}" in out
-    assert f"100 rows read, 100 rows written to {folder} in" in out and "split  by position: the rows make 7" in out
+    assert f"100 rows read, 100 rows written to {folder} in" in out
+    assert "split  by position: the rows are cut into 7" in out
     # Values, kept values and rows are equal in number: they stand there once.
     assert ["column", "missing", "table", "rows"] in [line.split() for line in out.splitlines()]
     first, *lines = err.splitlines()

@@ -56,17 +56,17 @@ def test_an_infinite_loss_stops_the_fit_and_saves_nothing(log_every: int, every:
         trainer_of(run, **options).fit(toy_module(), Spoilt())
     message = str(found.value)
     checked = {(4, 0): 8, (1, 0): 6, (100, 7): 7, (100, 0): 8}[log_every, every]
-    late = f"; found by the check after step {checked}" if checked > 6 else ""
-    assert f"not finite at step 6 (epoch 1, batch 6 of it, first at sample 3 of the batch{late}); largest" in message
+    late = f"; found after step {checked}" if checked > 6 else ""
+    assert f"NaN or infinite at step 6 (batch 6 of epoch 1, first in its sample 3{late}): lower the" in message
     assert "learning rates (dense 0.05, tables 0.1)" in message and "\n" not in message
     looked_at = {1: 5, 4: 4, 100: 1}[log_every]
-    assert f"largest gradients at step {looked_at}, the last step whose gradients were read: " in message
+    assert f"; largest gradients at step {looked_at}, the last ones that were read: " in message
     assert CheckpointReader(newest_checkpoint(run / "checkpoints")).header["step"] == 4
 
 
 def test_a_fit_that_logs_and_saves_nothing_ends_at_an_infinite_loss_too(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, enable_checkpointing=False, log_every_n_steps=100)
-    with pytest.raises(UserError, match="the loss is not finite at step 6"):
+    with pytest.raises(UserError, match="the loss is NaN or infinite at step 6"):
         trainer.fit(toy_module(), Spoilt())
 
 
@@ -77,7 +77,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
                 module.network.lookups()[0].weight.data[3, 1] = float("nan")
 
     run = tmp_path / "run"
-    with pytest.raises(UserError, match=r"embeddings.* is not finite after step 14, so nothing is saved"):
+    with pytest.raises(UserError, match=r"embeddings.* is NaN or infinite after step 14, so nothing is saved"):
         trainer_of(run, every=5, limit_val_batches=0, callbacks=[Spoil()]).fit(toy_module(), ToyData())
     assert CheckpointReader(newest_checkpoint(run / "checkpoints")).header["step"] == 10
 
@@ -112,7 +112,7 @@ def test_large_numbers_of_the_data_are_named(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING, "lightning_dlrm"):
         trainer_of(tmp_path / "run").fit(module, ToyData(schema=schema))
     assert re.search(f"random predictions .* Likely causes: {named}too few steps", caplog.text)
-    with pytest.raises(UserError, match=f"not finite at step 6 .*; the data have {named}or lower the learning rates"):
+    with pytest.raises(UserError, match=f"infinite at step 6 .*: the data have {named}or lower the learning rates"):
         trainer_in(tmp_path, enable_checkpointing=False).fit(toy_module(schema=schema), Spoilt())
 
 
@@ -345,7 +345,7 @@ def test_parameters_and_optimizer_state_are_checked_at_the_end_of_a_fit_that_sav
         "rows": r"embeddings.*weight",
     }.items():
         trainer = trainer_in(tmp_path, enable_checkpointing=False, limit_val_batches=0, callbacks=[Spoil(what)])
-        with pytest.raises(UserError, match=f"^{named} is not finite after step 14"):
+        with pytest.raises(UserError, match=f"^{named} is NaN or infinite after step 14"):
             trainer.fit(toy_module(), ToyData())
 
 

@@ -299,7 +299,8 @@ def test_merged_and_cut_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert lines[2].split() == ["epoch", "1", "(the", "first", "is", "1)"]
     assert re.fullmatch(r"dense layers +[\d.]+ \w+ with their optimizer state, in rest\.pt", lines[3])
     assert lines[4].split(maxsplit=1) == ["size", f"{binary_size(size)} in 3 files and manifest.json"]
-    row, total = lines[-5], lines[-4]
+    row, total = lines[-6], lines[-5]
+    assert lines[-3] == "sum: sum of the squared gradients (Adagrad)"
     assert row.split()[:4] == ["C1", "100", "3", "2"] and row.endswith("  sum: 1 a row")
     assert total.split()[:3] == ["all", "100", "2"]
     assert lines[-1] == "checksums were not compared: --verify compares them" and max(map(len, lines[1:])) < 80
