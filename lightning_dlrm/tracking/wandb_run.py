@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -254,9 +255,23 @@ class WandbExtras(pl.Callback):
 
 
 def finish_wandb(succeeded: bool) -> None:
-    """Finish the open run of this process, if there is one, with its exit state."""
-    if wandb.run is not None:
+    """Finish the open run of this process, if there is one, with its exit state.
+
+    Raises:
+        UserError: the process that W&B starts for this one has ended.
+    """
+    if wandb.run is None:
+        return
+    try:
         wandb.finish(exit_code=0 if succeeded else 1)
+    except ConnectionError as error:
+        # Otherwise W&B tries it again at the end of the interpreter, and prints a traceback.
+        with suppress(ConnectionError):
+            wandb.teardown()
+        raise UserError(
+            f"the process of W&B (wandb-core) has ended ({error}), so W&B lacks the rest of the run; the run folder "
+            "has all metrics so far: continue with --resume auto, or train with --wandb.mode disabled"
+        ) from error
 
 
 # --- comparisons ------------------------------------------------------------------------------------
