@@ -186,16 +186,20 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(kills: int, steps:
     assert_same_runs(Path("run"), Path("whole"))
 
 
-def test_a_fit_ends_with_one_line_when_the_process_of_wandb_ends() -> None:
+def test_a_fit_ends_with_one_line_when_the_process_of_wandb_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     endless = ["--trainer.max_epochs=-1", "--trainer.max_steps=100000", "--wandb.mode=offline"]
+    # Of other tests in this process.
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
     (fit,) = start([*CHAOS, *endless, "--run_dir=run"], 1)
-    while not Path("run/checkpoints/last").exists():
-        assert fit.poll() is None, fit.said()
-        time.sleep(0.05)
-    for child in psutil.Process(fit.pid).children(recursive=True):
-        if "wandb-core" in child.name():
-            child.kill()
-    assert fit.wait(60) == 2
+    try:
+        while not Path("run/checkpoints/last").exists():
+            assert fit.poll() is None, fit.said()
+            time.sleep(0.05)
+        (core,) = [one for one in psutil.Process(fit.pid).children(recursive=True) if "wandb-core" in one.name()]
+        core.kill()
+        assert fit.wait(60) == 2
+    finally:
+        fit.kill()
     assert re.match("error: the process of W&B .wandb-core. has ended ", fit.said().splitlines()[-1]), fit.said()
     assert "Traceback" not in fit.said() and not left_over(Path("run"))
 
