@@ -51,6 +51,28 @@ class RunPlace:
     tags: Sequence[str] = ()
 
 
+class RunLogger(WandbLogger):
+    """Lightning's WandbLogger, for a fit that goes on without W&B if the process that W&B starts for it ends."""
+
+    _is_connected = True
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.attempt(lambda: super(RunLogger, self).log_metrics(metrics, step))
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        """Call a function that sends something to W&B, unless W&B's process has ended."""
+        if not self._is_connected:
+            return
+        try:
+            action()
+        except ConnectionError:
+            self._is_connected = False
+            log.warning(
+                "W&B: its process (wandb-core) has ended, so W&B lacks the rest of the run; this command goes on, and "
+                "the run folder has all results"
+            )
+
+
 def start_wandb(
     folder: Path,
     place: RunPlace,
@@ -59,8 +81,8 @@ def start_wandb(
     reason: str = "",
     run_id: str | None = None,
     config: Mapping[str, Any],
-) -> tuple[WandbLogger, str]:
-    """Start a run with Lightning's WandbLogger, with its files in the run folder.
+) -> tuple[RunLogger, str]:
+    """Start a run, with its files in the run folder.
 
     If the server refuses the run, it starts offline instead, so that the fit does not fail.
 
@@ -79,7 +101,7 @@ def start_wandb(
         UserError: W&B refuses a setting.
     """
 
-    def start(mode: Literal["online", "offline"]) -> WandbLogger:
+    def start(mode: Literal["online", "offline"]) -> RunLogger:
         run = wandb.init(
             project=place.project,
             entity=place.entity,
@@ -98,7 +120,7 @@ def start_wandb(
             settings=wandb.Settings(console="off", silent=True, init_timeout=30),
         )
         _define_metrics(run)
-        return WandbLogger(experiment=run)
+        return RunLogger(experiment=run)
 
     try:
         if mode == "online":
@@ -162,6 +184,8 @@ class WandbExtras(pl.Callback):
         self, folder: RunFolder, logger: WandbLogger, final: Callable[[], Mapping[str, Any]], log_model: bool
     ) -> None:
         self._folder = folder
+        # A configuration may give Lightning's own WandbLogger.
+        self._attempt = logger.attempt if isinstance(logger, RunLogger) else lambda action: action()
         self._run: wandb.Run = logger.experiment
         self._final = final
         self._log_model = log_model
@@ -180,6 +204,9 @@ class WandbExtras(pl.Callback):
         self._plot(names.TEST, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._attempt(self._log_final)
+
+    def _log_final(self) -> None:
         # W&B's summary already has the best values of logged metrics.
         logged = (f"{names.TRAIN}/", f"{names.VALIDATION}/")
         final = self._final()
@@ -215,9 +242,8 @@ class WandbExtras(pl.Callback):
             xname="predicted click rate",
             split_table=True,
         )
-        self._run.log(
-            {f"{stage}/{names.PRECISION_RECALL}": precision_recall, f"{stage}/{names.CALIBRATION_CURVE}": calibration}
-        )
+        plots = {names.PRECISION_RECALL: precision_recall, names.CALIBRATION_CURVE: calibration}
+        self._attempt(lambda: self._run.log({f"{stage}/{name}": plot for name, plot in plots.items()}))
 
     def _refer_to_dataset(self, trainer: pl.Trainer) -> None:
         """Log the dataset as an artifact that refers to the files of its folder.
@@ -255,23 +281,15 @@ class WandbExtras(pl.Callback):
 
 
 def finish_wandb(succeeded: bool) -> None:
-    """Finish the open run of this process, if there is one, with its exit state.
-
-    Raises:
-        UserError: the process that W&B starts for this one has ended.
-    """
+    """Finish the open run of this process, if there is one, with its exit state."""
     if wandb.run is None:
         return
     try:
         wandb.finish(exit_code=0 if succeeded else 1)
-    except ConnectionError as error:
+    except ConnectionError:
         # Otherwise W&B tries it again at the end of the interpreter, and prints a traceback.
         with suppress(ConnectionError):
             wandb.teardown()
-        raise UserError(
-            f"the process of W&B (wandb-core) has ended ({error}), so W&B lacks the rest of the run; the run folder "
-            "has all metrics so far: continue with --resume auto, or train with --wandb.mode disabled"
-        ) from error
 
 
 # --- comparisons ------------------------------------------------------------------------------------
