@@ -34,7 +34,8 @@ is called uncertain if the times of its rounds differ by more than 25% of their 
 """Help of benchmarks that compare contenders."""
 FLOOR = """
 The floor is the sum, over the parts of the model, of the least time that their operations or their memory traffic take
-at the rates of this machine. They are measured in the same run, so other work on the machine makes the floor too large.
+at the rates of this machine. They are measured in the same run: other work at that time makes the floor too large, and
+other work during the rounds the times.
 """
 """Help of benchmarks with a floor."""
 

@@ -254,8 +254,9 @@ def render_operators(
     cells.append(("step", *(cell(name, seconds) for name, seconds in steps.items())))
     cells.append(("without the profiler", *(f"{duration(unprofiled[name])}     " for name in columns)))
     notes = [
-        "These times are those of one step under the profiler, whose time is the median of the steps; less is better. "
-        "lightning_dlrm makes the gradients of table rows in the optimizer, plain PyTorch in embedding backward.",
+        "Times of one step, measured with the profiler: the step that takes the median time; less is better. Both "
+        "contenders update by SGD. lightning_dlrm makes the gradients of table rows in the optimizer, plain PyTorch in "
+        "embedding backward.",
         *doubts,
         *_profiler_warnings(steps, unprofiled),
     ]
@@ -269,7 +270,7 @@ def _step_of(parts: PartTimes) -> float:
 
 def _filled(sentences: Sequence[str]) -> list[str]:
     """Return lines of text as wide as the tables may be, each sentence from a line of its own on."""
-    return [line for sentence in sentences for line in textwrap.wrap(sentence, 80)]
+    return [line for sentence in sentences for line in textwrap.wrap(sentence, 79)]
 
 
 def _changed_by_profiler(steps: Mapping[str, float], unprofiled: Mapping[str, float]) -> dict[str, float]:
@@ -327,7 +328,8 @@ def render_roofline(
             )
         )
     notes = [
-        "The parts of a step of lightning_dlrm; MFLOP and MB are those of one step.",
+        "The parts of the same step of lightning_dlrm, each with forward and backward pass together; update is the "
+        "optimizer above. MFLOP and MB are those of one step.",
         "A part reaches floor / takes; 100% is the limit of this machine.",
         *doubts,
     ]
@@ -335,4 +337,4 @@ def render_roofline(
         notes.append("Above 100%: data were in caches, or a limit was measured too low.")
     if _changed_by_profiler({"": _step_of(parts)}, {"": unprofiled}):
         notes.append(_PROFILER_DOUBT)
-    return "\n".join([*aligned(cells, left=(0, 4)), *notes, ""])
+    return "\n".join([*aligned(cells, left=(0, 4)), *_filled(notes), ""])

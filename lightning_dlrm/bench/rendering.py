@@ -194,7 +194,7 @@ def _notes(shown: Sequence[Measurement]) -> list[str]:
             "The floor is the least time of this work, by rates of the machine that were",
             "measured now. x floor is median / floor, and 1 is the limit. x floor is large",
             "if tensors are small, because starting operators takes time, or if other work",
-            "ran.",
+            "ran during the rounds.",
         ]
     if any(row.floor_s is not None and row.median_s < row.floor_s for row in shown):
         lines.append("Below 1: data were in caches, or a limit was measured too low.")

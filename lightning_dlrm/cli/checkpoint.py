@@ -153,7 +153,7 @@ def _describe(found: dict[str, Any]) -> str:
         name: str(value)[:16] if name.endswith("fingerprint") else f"{value:,}" if type(value) is int else value
         for name, value in sorted(header.items(), key=lambda fact: fact[0].endswith("fingerprint"))
     }
-    facts["dense layers"] = f"{binary_size(found['dense_bytes'])} with their optimizer state, in rest.pt"
+    facts["rest.pt"] = f"{binary_size(found['dense_bytes'])}: dense layers, optimizer state, callbacks"
     facts["size"] = f"{binary_size(found['bytes'])} in {counted(found['files'], 'file')} and manifest.json"
     lines = [found["path"], *(f"{name.replace('_', ' '):22s}{value}" for name, value in facts.items()), ""]
     rows = [("table", "rows", "width", "pieces", "size", "optimizer state")]

@@ -150,6 +150,8 @@ def run(arguments: Sequence[str]) -> int:
         for what, path in (("plan", settings.output), ("drawing", settings.plot)):
             if path is not None:
                 print(f"{what} written to {path}")
+        if settings.output is None:
+            print("--output FILE writes which rows of each table are on which rank")
     return 0
 
 

@@ -121,7 +121,8 @@ def describe_plan(
         f"{held[0]}: memory of a rank's rows and their optimizer state",
         "requested: rows, or sums of a bag's rows, that all ranks request from this rank",
         "  in a step; a rank requests a row once, even if several of its samples use it",
-        f"{unit} ids, vectors, gradients: what this rank sends in a training step",
+        f"{unit} ids, vectors, gradients: what this rank sends for the tables in a step;",
+        "  gradients of the dense layers, which every rank has, are not counted",
     ]
     pieces_of = {load: plan.pieces_within(load.name, load.start, load.start + load.rows) for load in loads}
     cut = [load for load in loads if len(pieces_of[load]) > 1]
@@ -152,7 +153,7 @@ def describe_plan(
         "",
         f"{counted(len(loads), 'table')}, {len(loads) - len(cut)} whole, in {counted(len(plan.pieces), 'piece')} on "
         f"{counted(plan.ranks, 'rank')};\n"
-        f"largest share / mean: bytes {imbalance([c.bytes for c in costs]):.3f}, "
+        f"balance, largest rank / mean: bytes {imbalance([c.bytes for c in costs]):.3f}, "
         f"requested rows {imbalance([c.work for c in costs]):.3f}",
     ]
     if plan.ranks > 1 and statistics.fmean(cost.bytes for cost in costs) < SMALL_BYTES:

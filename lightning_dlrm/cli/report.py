@@ -18,7 +18,7 @@ from lightning_dlrm.cli.predictions import Predictions
 from lightning_dlrm.cli.trust import trusting_command
 from lightning_dlrm.contracts.errors import shown_path
 from lightning_dlrm.contracts.schema import DatasetSchema
-from lightning_dlrm.contracts.terminal import aligned, counted, emphasized, wrapped
+from lightning_dlrm.contracts.terminal import aligned, counted, decimal, emphasized, wrapped
 from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.kernels.choice import SLOW_BF16, bf16_is_slow
 from lightning_dlrm.models.network import ModelSize
@@ -267,7 +267,9 @@ def score_table(split: str, columns: Mapping[str, Mapping[str, float]], schema: 
         shown["best reachable"] = {"auc": optimum.auc, "log_loss": optimum.log_loss}
     rows = [(split, *shown)]
     for metric in next(iter(columns.values())):
-        rows.append((names.title_of(metric), *(f"{of[metric]:.6f}" if metric in of else "" for of in shown.values())))
+        rows.append(
+            (names.title_of(metric), *(decimal(of[metric], 6) if metric in of else "" for of in shown.values()))
+        )
     return aligned(rows)
 
 
@@ -329,7 +331,9 @@ def _speed(final: Mapping[str, float]) -> str:
 def _course(history: Sequence[Mapping[str, float]], name: str, of: str = "") -> str:
     """Return a sparkline, its first and last value and what they are of; empty if there are fewer than two values."""
     values = [line[name] for line in history if line.get(name) is not None]
-    return f"{sparkline(values, 20)}  {values[0]:.4f} to {values[-1]:.4f}{of}" if len(values) > 1 else ""
+    if len(values) < 2:
+        return ""
+    return f"{sparkline(values, 20)}  {decimal(values[0], 4)} to {decimal(values[-1], 4)}{of}"
 
 
 def demo_result(auc: float, optimum: float) -> str:

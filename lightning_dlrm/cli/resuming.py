@@ -1,5 +1,6 @@
 """The choice of the checkpoint from which a command continues, and the continuation of an interrupted fit."""
 
+import contextlib
 import logging
 from pathlib import Path
 
@@ -129,6 +130,16 @@ def is_finished(job: Job, trainer: pl.Trainer) -> bool:
 def resume_command(run: Path) -> str:
     """Return the command that continues the fit of a run folder."""
     return trusting_command("fit", "--config", str(run / CONFIG), "--run_dir", str(run), "--resume", "auto")
+
+
+def log_what_is_left(job: Job) -> None:
+    """Log what the run folder of a fit that failed has."""
+    newest = None
+    # A damaged checkpoint is a fault of its own.
+    with contextlib.suppress(UserError):
+        newest = newest_checkpoint(job.folder.checkpoints)
+    saved = f"newest checkpoint of step {CheckpointReader(newest).header[names.STEP]:,}" if newest else "no checkpoint"
+    log.info("run folder %s is kept: it has metrics, and %s", job.folder.path, saved)
 
 
 def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:

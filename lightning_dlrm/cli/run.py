@@ -56,6 +56,7 @@ from lightning_dlrm.cli.resuming import (
     configuration_text,
     is_finished,
     log_how_to_resume,
+    log_what_is_left,
     resume_requeued_job,
 )
 from lightning_dlrm.cli.short_help import EVALUATIONS
@@ -357,7 +358,7 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
 
     Lightning exits with 0 after SIGTERM and with 1 after Ctrl-C; they expect 128 + signal.
     """
-    succeeded = False
+    succeeded = is_interrupted = False
     wandb: str | None = None
     try:
         with exit_on_signals() as received:
@@ -372,6 +373,7 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
     except (SIGTERMException, KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and not received and not trainer.interrupted:
             raise
+        is_interrupted = True
         log_how_to_resume(job, trainer)
         default = job.stop.agreed or signal.SIGTERM if isinstance(error, SIGTERMException) else signal.SIGINT
         raise SystemExit(128 + (received[0] if received else default)) from None
@@ -383,9 +385,12 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
             "see its output; earlier checkpoints are complete: resume with --resume auto"
         ) from error
     finally:
-        trained = succeeded and (job.metrics_logger is None or job.metrics_logger.samples > 0)
+        has_samples = job.metrics_logger is not None and job.metrics_logger.samples > 0
+        trained = succeeded and (job.metrics_logger is None or has_samples)
         if not trained and job.made_folder and job.folder.remove_without_results():
             log.info("run folder %s is removed: the run has no results", job.folder.path)
+        elif has_samples and not (succeeded or is_interrupted) and trainer.is_global_zero:
+            log_what_is_left(job)
         if wandb is not None and job.folder.path.exists() and not (succeeded and job.command == "fit"):
             log.info("W&B: %s", wandb)
         if job.lock is not None:

@@ -78,6 +78,15 @@ def help_width() -> int:
     return min(shutil.get_terminal_size().columns - 2, 98)
 
 
+def decimal(value: float, places: int) -> str:
+    """Format a score with so many decimals; one of a fit that diverged, which has many digits, with an exponent.
+
+    >>> decimal(0.5, 4), decimal(7.5e28, 4)
+    ('0.5000', '7.500e+28')
+    """
+    return f"{value:.{places}f}" if abs(value) < 1e6 else f"{value:.3e}"
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural unless it is 1.
 

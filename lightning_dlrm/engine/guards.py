@@ -19,6 +19,10 @@ from lightning_dlrm.sharding.finite import is_finite, nonfinite_tensors
 log = logging.getLogger("lightning_dlrm")
 
 _SCALE = "make the dataset with transform: standard or log1p of these columns"
+_LARGE_GRADIENT = 1e3
+"""Largest element of a gradient from which on a fit has begun to diverge."""
+_DIVERGED = 3
+"""Log loss over that of the click rate alone above which a fit has diverged."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,7 @@ class LossGuard(pl.Callback):
         listed = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
         self._scale = f"the data have large numbers in {large_numbers}: {_SCALE}; or " if large_numbers else ""
         self.advice = (
-            f"{self._scale}lower the learning rates ({listed}), warm up longer, or set trainer.gradient_clip_val; "
-            "checkpoints that were saved before are not affected"
+            f"{self._scale}lower the learning rates ({listed}), warm up longer, or set trainer.gradient_clip_val"
         )
         self.fault = ""
         """What is wrong with the logits of the first batch; empty if nothing is."""
@@ -132,7 +135,8 @@ class LossGuard(pl.Callback):
             return
         position, _, logits_B = next(entry for entry in unseen if not entry[1].isfinite())
         samples = (~logits_B.isfinite()).nonzero().flatten().tolist()
-        where = f", first in its sample {samples[0]}" if samples else ""
+        # If all samples are bad, none of them is the cause.
+        where = f", first in its sample {samples[0]}, counted from 0" if 0 < len(samples) < len(logits_B) else ""
         last = unseen[-1][0].step
         found = f"; found after step {last}" if last > position.step else ""
         if position.step == 1:
@@ -144,10 +148,13 @@ class LossGuard(pl.Callback):
             )
         step, sizes = self._largest
         listed = ", ".join(f"{name} {size:.3g}" for name, size in list(sizes.items())[:3])
-        gradients = f"; largest gradients at step {step}, the last ones that were read: {listed}" if sizes else ""
+        gradients = f"largest gradients at step {step}: {listed}"
+        if step < position.step - 1 and all(size < _LARGE_GRADIENT for size in sizes.values()):
+            # Those of long before the fault are of no use, unless it had begun.
+            gradients = "trainer.log_every_n_steps 1 adds the largest gradients before it to this message"
         raise UserError(
             f"the loss is NaN or infinite at step {position.step} (batch {position.batch} of epoch "
-            f"{position.epoch}{where}{found}): {self.advice}{gradients}"
+            f"{position.epoch}{where}{found}): {self.advice}; {gradients}"
         )
 
 
@@ -224,6 +231,13 @@ def words_of_chance(
     if abs(log_loss - math.log(2)) < 0.001:
         zero = "; or all logits are about 0, because the last layer ends in a ReLU (see linear_output of MLP)"
     listed = " and ".join(f"{rate:g} for {group}" for group, rate in rates.items())
+    share = clicks / samples
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    if log_loss > _DIVERGED * entropy:
+        return (
+            f"{found}{'s' * bool(large)}: {large}learning rates ({listed}) that are too high: the log loss is "
+            f"{log_loss:.3g}, and {entropy:.3g} for the click rate alone. Try a tenth of the rates"
+        )
     return (
         f"{found}s: {large}too few steps, or learning rates ({listed}) that "
         f"do not suit batches of {batch_size:,}: try ten times the rates if the loss hardly changed, else a tenth{zero}"

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm
 
-from lightning_dlrm.contracts.terminal import columns, has_colors
+from lightning_dlrm.contracts.terminal import columns, decimal, has_colors
 from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import MetricsLogger, peak_memory
 from lightning_dlrm.engine.module import CTRModule
@@ -165,7 +165,7 @@ def metrics_width(bar: tqdm) -> int:
 def format_validation(results: Mapping[str, float], step: int, highest: bool) -> str:
     """Return the line of a validation during a fit."""
     scores = ", ".join(
-        f"{names.title_of(metric)} {results[name]:.4f}"
+        f"{names.title_of(metric)} {decimal(results[name], 4)}"
         for metric in ("auc", "log_loss")
         if (name := f"{names.VALIDATION}/{metric}") in results
     )

@@ -391,7 +391,9 @@ def test_rows_and_updates_are_bound_in_float32() -> None:
     assert rates.floor_of("update", cost, "bf16-mixed") == 0.1 and rates.floor_of("top MLP", cost, "bf16-mixed") == 5.0
     parts = {"update": (cost, 1.0), "top MLP": (cost, 6.0)}
     (update,) = (
-        line for line in paper.render_roofline("bf16-mixed", parts, rates, 7.0).splitlines() if "update" in line
+        line
+        for line in paper.render_roofline("bf16-mixed", parts, rates, 7.0).splitlines()
+        if line.startswith("update ")
     )
     assert "memory" in update and update.endswith(" 10%")
     doubt = "The profiler changes the time of a step much"

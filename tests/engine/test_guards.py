@@ -57,10 +57,11 @@ def test_an_infinite_loss_stops_the_fit_and_saves_nothing(log_every: int, every:
     message = str(found.value)
     checked = {(4, 0): 8, (1, 0): 6, (100, 7): 7, (100, 0): 8}[log_every, every]
     late = f"; found after step {checked}" if checked > 6 else ""
-    assert f"NaN or infinite at step 6 (batch 6 of epoch 1, first in its sample 3{late}): lower the" in message
+    first = "first in its sample 3, counted from 0"
+    assert f"NaN or infinite at step 6 (batch 6 of epoch 1, {first}{late}): lower the" in message
     assert "learning rates (dense 0.05, tables 0.1)" in message and "\n" not in message
-    looked_at = {1: 5, 4: 4, 100: 1}[log_every]
-    assert f"; largest gradients at step {looked_at}, the last ones that were read: " in message
+    assert ("; largest gradients at step 5: " in message) == (log_every == 1)
+    assert ("; trainer.log_every_n_steps 1 adds the largest gradients" in message) == (log_every > 1)
     assert CheckpointReader(newest_checkpoint(run / "checkpoints")).header["step"] == 4
 
 
@@ -154,6 +155,15 @@ def test_logits_of_zero_are_explained(caplog: pytest.LogCaptureFixture) -> None:
     for log_loss, is_zero in ((0.6933, True), (0.56, False)):
         words = words_of_chance(0.5, 20_000, 100_000, 1, {}, log_loss=log_loss)
         assert words and ("ends in a ReLU" in words) == is_zero
+
+
+def test_a_log_loss_far_above_that_of_the_click_rate_is_that_of_a_fit_that_diverged() -> None:
+    words = words_of_chance(0.5, 20_000, 100_000, 1, {"dense": 1000.0}, log_loss=7.5e28)
+    assert words.endswith(
+        "Likely cause: learning rates (1000 for dense) that are too high: the log loss is 7.5e+28, and 0.5 for the "
+        "click rate alone. Try a tenth of the rates"
+    )
+    assert "ten times the rates" in words_of_chance(0.5, 20_000, 100_000, 1, {}, log_loss=1.4)
 
 
 def with_target(folder: Path, target: float, **options: Any) -> pl.Trainer:
