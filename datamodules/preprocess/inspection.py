@@ -186,7 +186,7 @@ def _suspicious(schema: DatasetSchema, columns: Sequence[Mapping[str, Any]]) -> 
     value or with few values, many unknown values, few bins, and large numbers."""
     features = [column for column in columns if column["role"] in ("dense", "categorical", "multi_hot")]
     mostly = [
-        ("over half of the rows have no value in each of: {}", [c for c in features if (c["missing"] or 0) > _MOSTLY]),
+        ("no value in more than half of the rows: {}", [c for c in features if (c["missing"] or 0) > _MOSTLY]),
         (
             f"over {_MANY_UNKNOWN:.0%} of the validation and test values are unknown in {{}}",
             [c for c in features if (c["unknown"] or 0) > _MANY_UNKNOWN],

@@ -178,6 +178,7 @@ def _draw(
     warnings = _profiler_warnings(
         {one_line[label]: sum(of_step.values()) for label, of_step in operators.items()},
         {one_line[label]: seconds for label, seconds in unprofiled.items()},
+        bool(doubts),
     )
     draw_breakdown(operators, unprofiled, f"{title}, {DEVICES[args.device]}", [*doubts, *warnings], args.plot)
     of_ours = {precision: unprofiled[f"{_SHOWN['ours']}\n{precision}"] for precision in parts}
@@ -254,11 +255,11 @@ def render_operators(
     cells.append(("step", *(cell(name, seconds) for name, seconds in steps.items())))
     cells.append(("without the profiler", *(f"{duration(unprofiled[name])}     " for name in columns)))
     notes = [
-        "Times of one step, measured with the profiler: the step that takes the median time; less is better. Both "
-        "contenders update by SGD. lightning_dlrm makes the gradients of table rows in the optimizer, plain PyTorch in "
-        "embedding backward.",
+        "Times of one step under the profiler, except those of the last row: the step that takes the median time; less "
+        "is better. Both contenders update by SGD. lightning_dlrm makes the gradients of table rows in the optimizer, "
+        "plain PyTorch in embedding backward.",
         *doubts,
-        *_profiler_warnings(steps, unprofiled),
+        *_profiler_warnings(steps, unprofiled, bool(doubts)),
     ]
     return "\n".join(["", *aligned(cells, left=(0,)), *_filled(notes), ""])
 
@@ -284,15 +285,20 @@ def _changed_by_profiler(steps: Mapping[str, float], unprofiled: Mapping[str, fl
     return {name: factor for name, factor in factors.items() if not 1 / _MOST_APART < factor < _MOST_APART}
 
 
-def _profiler_warnings(steps: Mapping[str, float], unprofiled: Mapping[str, float]) -> list[str]:
-    """Return sentences that say why the times of operators are uncertain; none if they are not."""
+def _profiler_warnings(
+    steps: Mapping[str, float], unprofiled: Mapping[str, float], is_doubtful: bool = False
+) -> list[str]:
+    """Return sentences that say why the times of operators are uncertain; none if they are not.
+
+    If the times without the profiler are uncertain, it is not known which contender is faster.
+    """
     warnings = [
         f"warning: under the profiler, a step of {name} takes {factor:.2g} times the time that it takes without it. So "
         "the times of its operators are uncertain: stop other work on this machine."
         for name, factor in _changed_by_profiler(steps, unprofiled).items()
     ]
     profiled, timed = (min(times, key=lambda name: times[name]) for times in (steps, unprofiled))
-    if profiled != timed:
+    if profiled != timed and not is_doubtful:
         warnings.append(
             f"warning: {profiled} is faster under the profiler, {timed} without it. The time without the profiler "
             "counts."

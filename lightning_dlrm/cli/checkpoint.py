@@ -147,7 +147,7 @@ def _describe(found: dict[str, Any]) -> str:
     header = dict(found["header"])
     if "epoch" in header:
         # The file counts epochs from 0, and one that is complete still has its own number.
-        header["epoch"] = f"{header['epoch'] + 1} (the first is 1)"
+        header["epoch"] = f"{header['epoch'] + 1} (counted from 1)"
     # The first digits of a fingerprint, as inspect shows them.
     facts = {
         name: str(value)[:16] if name.endswith("fingerprint") else f"{value:,}" if type(value) is int else value

@@ -136,7 +136,7 @@ class LossGuard(pl.Callback):
         position, _, logits_B = next(entry for entry in unseen if not entry[1].isfinite())
         samples = (~logits_B.isfinite()).nonzero().flatten().tolist()
         # If all samples are bad, none of them is the cause.
-        where = f", first in its sample {samples[0]}, counted from 0" if 0 < len(samples) < len(logits_B) else ""
+        where = f", first in sample {samples[0]} of it, counted from 0" if 0 < len(samples) < len(logits_B) else ""
         last = unseen[-1][0].step
         found = f"; found after step {last}" if last > position.step else ""
         if position.step == 1:
@@ -151,7 +151,7 @@ class LossGuard(pl.Callback):
         gradients = f"largest gradients at step {step}: {listed}"
         if step < position.step - 1 and all(size < _LARGE_GRADIENT for size in sizes.values()):
             # Those of long before the fault are of no use, unless it had begun.
-            gradients = "trainer.log_every_n_steps 1 adds the largest gradients before it to this message"
+            gradients = "with trainer.log_every_n_steps 1, this message names the largest gradients of the step before"
         raise UserError(
             f"the loss is NaN or infinite at step {position.step} (batch {position.batch} of epoch "
             f"{position.epoch}{where}{found}): {self.advice}; {gradients}"

@@ -423,6 +423,8 @@ def test_a_slow_profiler_is_named() -> None:
     columns["ours"] = dict.fromkeys(paper.OPERATORS, 0.9)
     said = paper.render_operators("32-true", columns, {"ours": steps, "baseline": 0.9 * steps})
     assert "warning: ours is faster under the profiler, baseline without it." in said
+    doubtful = paper.render_operators("32-true", columns, {"ours": steps, "baseline": 0.9 * steps}, ["Uncertain."])
+    assert "is faster" not in doubtful
 
 
 @pytest.mark.parametrize(

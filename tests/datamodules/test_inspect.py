@@ -312,7 +312,7 @@ def test_what_is_suspicious_is_said(tmp_path: Path) -> None:
     assert shares["M"] == (0.25, 0.125) and shares["C1"] == (0.0, 0.15)
     assert facts["suspicious"] == [
         "30.00% of the test rows are positive, against 10.00% of the training rows",
-        "over half of the rows have no value in each of: I1",
+        "no value in more than half of the rows: I1",
         "over 10% of the validation and test values are unknown in C1, M",
         "one value only: C2",
         "fewer bins than 30, because values repeat: B1 12",

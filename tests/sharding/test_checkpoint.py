@@ -296,7 +296,7 @@ def test_merged_and_cut_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     size = sum(path.stat().st_size for path in (tmp_path / "planned").glob("**/*.*") if path.name != "manifest.json")
     assert lines[0] == str(tmp_path / "planned") and lines[1].split() == ["step", "9"]
-    assert lines[2].split() == ["epoch", "1", "(the", "first", "is", "1)"]
+    assert lines[2].split() == ["epoch", "1", "(counted", "from", "1)"]
     assert re.fullmatch(r"rest\.pt +[\d.]+ \w+: dense layers, optimizer state, callbacks", lines[3])
     assert lines[4].split(maxsplit=1) == ["size", f"{binary_size(size)} in 3 files and manifest.json"]
     row, total = lines[-6], lines[-5]
