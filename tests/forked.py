@@ -1,9 +1,9 @@
 """``python ARGUMENTS`` in processes that are forked from a server, which has imported torch and Lightning.
 
 Importing them takes longer than most tests, so all processes of a test run share a server. The server imports packages
-of others alone: each process imports ours from its own path. At its end it waits for its threads and
-calls what is registered to be called then; only with ``FORKED_WHOLE_END`` in its environment does it also free its
-objects as an interpreter does, which takes 1 s.
+of others alone: each process imports ours from its own path. At its end a forked process waits for its
+threads and calls what is registered to be called then. Only with ``FORKED_WHOLE_END`` in its environment does it also
+free its objects as an interpreter does, which takes 1 s.
 """
 
 import atexit
@@ -161,7 +161,7 @@ def shared_server() -> None:
 
 @cache
 def _server() -> str:
-    """Start the server if it does not run; return the address that it listens at."""
+    """Start the server if no process of this test run has; return the address that it listens at."""
     if FOLDER not in os.environ:
         shared_server()
     folder = Path(os.environ[FOLDER])

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from math import floor, log10
+from math import floor, isfinite, log10
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -35,7 +35,7 @@ is called uncertain if the times of its rounds differ by more than 25% of their 
 FLOOR = """
 The floor is the sum, over the parts of the model, of the least time that their operations or their memory traffic take
 at the rates of this machine. They are measured in the same run: other work at that time makes the floor too large, and
-other work during the rounds the times.
+other work during the rounds makes the times too long.
 """
 """Help of benchmarks with a floor."""
 
@@ -295,20 +295,22 @@ def _processor() -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time with three digits and a unit.
+    """Return a time with at least three digits, and a unit.
 
     >>> [duration(seconds) for seconds in (1234.0, 3.8, 0.9996, 0.0038, 0.00078)]
     ['1,234 s', '3.80 s', '1,000 ms', '3.80 ms', '780 us']
     """
-    size, unit = next((one for one in ((1.0, "s"), (1e-3, "ms")) if seconds >= one[0]), (1e-6, "us"))
+    size, unit = next(((size, unit) for size, unit in ((1.0, "s"), (1e-3, "ms")) if seconds >= size), (1e-6, "us"))
     return f"{three_digits(seconds / size)} {unit}"
 
 
 def three_digits(number: float) -> str:
     """Format a number with three digits, and all digits before the decimal point.
 
-    >>> [three_digits(number) for number in (1.1, 99.96, 999.6, 46_123.0, 0.0, 1e-7)]
-    ['1.10', '100', '1,000', '46,123', '0.00', '0.000000100']
+    >>> [three_digits(number) for number in (1.1, 99.96, 999.6, 46_123.0, 0.0, 1e-7, float("inf"))]
+    ['1.10', '100', '1,000', '46,123', '0.00', '0.000000100', 'inf']
     """
+    if not isfinite(number):
+        return str(number)
     decimals = 2 - floor(log10(float(f"{abs(number):.2e}"))) if number else 2
     return f"{number:,.{max(decimals, 0)}f}"

@@ -135,7 +135,7 @@ def info(reader: "CheckpointReader") -> dict[str, Any]:
     }
 
 
-_SLOTS = {
+_STATE_WORDS = {
     "sum": "sum of the squared gradients (Adagrad)",
     "mean": "moving average of the gradients (Adam)",
     "square": "moving average of the squared gradients (Adam)",
@@ -171,7 +171,7 @@ def _describe(found: dict[str, Any]) -> str:
     rows.append(("all", f"{total_rows:,}", "", f"{total_pieces:,}", total, ""))
     notes = ["pieces: files of a table, one for each rank that holds some of its rows"]
     used = {slot for table in tables for slot in table["shapes"]}
-    notes += [f"{slot}: {words}" for slot, words in _SLOTS.items() if slot in used]
+    notes += [f"{slot}: {words}" for slot, words in _STATE_WORDS.items() if slot in used]
     if any(name.endswith("/linear") for name in found["tables"]):
         notes.append("NAME/linear: the first-order weights of column NAME")
     return "\n".join([*lines, *aligned(rows, left=(0, 5)), *notes, ""])

@@ -1,6 +1,5 @@
 """The choice of the checkpoint from which a command continues, and the continuation of an interrupted fit."""
 
-import contextlib
 import logging
 from pathlib import Path
 
@@ -134,12 +133,15 @@ def resume_command(run: Path) -> str:
 
 def log_what_is_left(job: Job) -> None:
     """Log what the run folder of a fit that failed has."""
-    newest = None
-    # A damaged checkpoint is a fault of its own.
-    with contextlib.suppress(UserError):
+    parts = ["metrics"] if job.folder.metrics.exists() else []
+    try:
         newest = newest_checkpoint(job.folder.checkpoints)
-    saved = f"newest checkpoint of step {CheckpointReader(newest).header[names.STEP]:,}" if newest else "no checkpoint"
-    log.info("run folder %s is kept: it has metrics, and %s", job.folder.path, saved)
+        parts.append(
+            f"a checkpoint of step {CheckpointReader(newest).header[names.STEP]:,}" if newest else "no checkpoint"
+        )
+    except UserError as error:
+        parts.append(str(error))
+    log.info("run folder %s is kept; it has %s", job.folder.path, " and ".join(parts))
 
 
 def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:

@@ -388,7 +388,8 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
         has_samples = job.metrics_logger is not None and job.metrics_logger.samples > 0
         trained = succeeded and (job.metrics_logger is None or has_samples)
         if not trained and job.made_folder and job.folder.remove_without_results():
-            log.info("run folder %s is removed: the run has no results", job.folder.path)
+            if not is_interrupted:
+                log.info("run folder %s is removed: the run has no results", job.folder.path)
         elif has_samples and not (succeeded or is_interrupted) and trainer.is_global_zero:
             log_what_is_left(job)
         if wandb is not None and job.folder.path.exists() and not (succeeded and job.command == "fit"):

@@ -79,7 +79,7 @@ def help_width() -> int:
 
 
 def decimal(value: float, places: int) -> str:
-    """Format a score with so many decimals; one of a fit that diverged, which has many digits, with an exponent.
+    """Format a score with ``places`` decimals, or with an exponent from 1e6 on, which a fit that diverged may have.
 
     >>> decimal(0.5, 4), decimal(7.5e28, 4)
     ('0.5000', '7.500e+28')

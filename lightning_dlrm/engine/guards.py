@@ -20,9 +20,9 @@ log = logging.getLogger("lightning_dlrm")
 
 _SCALE = "make the dataset with transform: standard or log1p of these columns"
 _LARGE_GRADIENT = 1e3
-"""Largest element of a gradient from which on a fit has begun to diverge."""
+"""Element of a gradient from which on a gradient of an earlier step is worth naming."""
 _DIVERGED = 3
-"""Log loss over that of the click rate alone above which a fit has diverged."""
+"""Ratio of the log loss to that of the click rate alone, above which a fit has diverged."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,13 @@ class LossGuard(pl.Callback):
             )
         step, sizes = self._largest
         listed = ", ".join(f"{name} {size:.3g}" for name, size in list(sizes.items())[:3])
-        gradients = f"largest gradients at step {step}: {listed}"
-        if step < position.step - 1 and all(size < _LARGE_GRADIENT for size in sizes.values()):
-            # Those of long before the fault are of no use, unless it had begun.
-            gradients = "with trainer.log_every_n_steps 1, this message names the largest gradients of the step before"
+        gradients = f"; largest gradients at step {step}: {listed}" if sizes else ""
+        if sizes and step < position.step - 1 and all(size < _LARGE_GRADIENT for size in sizes.values()):
+            # Small gradients of an earlier step do not show what went wrong.
+            gradients = "; trainer.log_every_n_steps 1 adds the largest gradients of the step before to this message"
         raise UserError(
             f"the loss is NaN or infinite at step {position.step} (batch {position.batch} of epoch "
-            f"{position.epoch}{where}{found}): {self.advice}; {gradients}"
+            f"{position.epoch}{where}{found}): {self.advice}{gradients}"
         )
 
 

@@ -215,7 +215,7 @@ class RunFolder:
         if self.metrics.exists() or self.checkpoints.exists():
             return False
         shutil.rmtree(self.path, ignore_errors=True)
-        return True
+        return not self.path.exists()
 
 
 class JsonLinesLogger(Logger):

@@ -51,26 +51,38 @@ class RunPlace:
     tags: Sequence[str] = ()
 
 
-class RunLogger(WandbLogger):
-    """Lightning's WandbLogger, for a fit that goes on without W&B if the process that W&B starts for it ends."""
+class Service:
+    """The process that W&B starts for this one; commands go on without W&B if it ends."""
 
-    _is_connected = True
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.attempt(lambda: super(RunLogger, self).log_metrics(metrics, step))
+    def __init__(self) -> None:
+        self.is_connected = True
 
     def attempt(self, action: Callable[[], object]) -> None:
-        """Call a function that sends something to W&B, unless W&B's process has ended."""
-        if not self._is_connected:
+        """Call a function that sends something to W&B, unless W&B's process has ended; warn once if it has."""
+        if not self.is_connected:
             return
         try:
             action()
         except ConnectionError:
-            self._is_connected = False
+            self.is_connected = False
             log.warning(
                 "W&B: its process (wandb-core) has ended, so W&B lacks the rest of the run; this command goes on, and "
                 "the run folder has all results"
             )
+
+
+_SERVICE = Service()
+"""That of this process."""
+
+
+class RunLogger(WandbLogger):
+    """Lightning's WandbLogger, for a command that goes on without W&B if W&B's process ends."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        _SERVICE.attempt(lambda: super(RunLogger, self).log_metrics(metrics, step))
+
+    def log_hyperparams(self, params: Any) -> None:
+        _SERVICE.attempt(lambda: super(RunLogger, self).log_hyperparams(params))
 
 
 def start_wandb(
@@ -119,6 +131,7 @@ def start_wandb(
             # An offline run would store every redraw of a progress bar in its console output.
             settings=wandb.Settings(console="off", silent=True, init_timeout=30),
         )
+        _SERVICE.is_connected = True
         _define_metrics(run)
         return RunLogger(experiment=run)
 
@@ -184,8 +197,6 @@ class WandbExtras(pl.Callback):
         self, folder: RunFolder, logger: WandbLogger, final: Callable[[], Mapping[str, Any]], log_model: bool
     ) -> None:
         self._folder = folder
-        # A configuration may give Lightning's own WandbLogger.
-        self._attempt = logger.attempt if isinstance(logger, RunLogger) else lambda action: action()
         self._run: wandb.Run = logger.experiment
         self._final = final
         self._log_model = log_model
@@ -204,7 +215,7 @@ class WandbExtras(pl.Callback):
         self._plot(names.TEST, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._attempt(self._log_final)
+        _SERVICE.attempt(self._log_final)
 
     def _log_final(self) -> None:
         # W&B's summary already has the best values of logged metrics.
@@ -243,7 +254,7 @@ class WandbExtras(pl.Callback):
             split_table=True,
         )
         plots = {names.PRECISION_RECALL: precision_recall, names.CALIBRATION_CURVE: calibration}
-        self._attempt(lambda: self._run.log({f"{stage}/{name}": plot for name, plot in plots.items()}))
+        _SERVICE.attempt(lambda: self._run.log({f"{stage}/{name}": plot for name, plot in plots.items()}))
 
     def _refer_to_dataset(self, trainer: pl.Trainer) -> None:
         """Log the dataset as an artifact that refers to the files of its folder.
@@ -270,12 +281,10 @@ class WandbExtras(pl.Callback):
         # A reference to remote storage needs its client library; the location is in the metadata.
         if folder.local is not None:
             artifact.add_reference(folder.local.resolve().as_uri(), name="files", checksum=False)
+        # W&B records inputs of a run only online.
+        refer = self._run.log_artifact if self._run.offline else self._run.use_artifact
         try:
-            if self._run.offline:
-                # W&B records inputs of a run only online.
-                self._run.log_artifact(artifact)
-            else:
-                self._run.use_artifact(artifact)
+            _SERVICE.attempt(lambda: refer(artifact))
         except (wandb.Error, OSError) as error:
             log.warning("W&B: the run does not refer to its dataset: %s", " ".join(str(error).split()))
 
@@ -284,10 +293,9 @@ def finish_wandb(succeeded: bool) -> None:
     """Finish the open run of this process, if there is one, with its exit state."""
     if wandb.run is None:
         return
-    try:
-        wandb.finish(exit_code=0 if succeeded else 1)
-    except ConnectionError:
-        # Otherwise W&B tries it again at the end of the interpreter, and prints a traceback.
+    _SERVICE.attempt(lambda: wandb.finish(exit_code=0 if succeeded else 1))
+    if not _SERVICE.is_connected:
+        # Otherwise W&B tries to finish at the end of the interpreter, and prints a traceback.
         with suppress(ConnectionError):
             wandb.teardown()
 

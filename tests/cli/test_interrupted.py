@@ -186,6 +186,15 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(kills: int, steps:
     assert_same_runs(Path("run"), Path("whole"))
 
 
+@pytest.mark.parametrize(("every", "left"), [(0, "no checkpoint"), (1, "a checkpoint of step 1")])
+def test_a_fit_that_fails_says_what_its_folder_has(every: int, left: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lightning_dlrm"):
+        assert (
+            main([*FIT, "--model.dense_optimizer.lr=1e30", f"--checkpoint.every_n_steps={every}", "--run_dir=run"]) == 2
+        )
+    assert f"run folder run is kept; it has metrics and {left}" in caplog.messages
+
+
 def test_a_fit_goes_on_without_the_process_of_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     endless = ["--trainer.max_epochs=-1", "--trainer.max_steps=100000", "--wandb.mode=offline"]
     # Other tests of this process share theirs.
