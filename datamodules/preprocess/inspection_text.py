@@ -148,7 +148,7 @@ def _split_table(facts: Mapping[str, Any], width: int) -> list[str]:
 
 _LEGENDS = {
     "missing": "share of the rows without a value; of multi-hot columns, with an empty list",
-    "unknown": "share of the validation and test values that the vocabulary lacks; 0 if it is made from all rows",
+    "unknown": "share of the validation and test values that the vocabulary lacks; 0 if the vocabulary is of all rows",
     "top id": "share of the most frequent id",
     "90%": "number of the most frequent ids that together have 90% of the lookups",
 }

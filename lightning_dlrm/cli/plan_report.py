@@ -119,8 +119,8 @@ def describe_plan(
     text = [
         *aligned(lines, left=()),
         f"{held[0]}: memory of a rank's rows and their optimizer state",
-        "requested: rows, or sums of a bag's rows, that all ranks request from this rank",
-        "  in a step; a rank requests a row once, even if several of its samples use it",
+        "requested: rows that all ranks request from this rank in a step, or sums of the",
+        "  rows of one bag. A rank requests a row once, even if many samples use it",
         f"{unit} ids, vectors, gradients: what this rank sends for the tables in a step;",
         "  gradients of the dense layers, which every rank has, are not counted",
     ]

@@ -151,7 +151,7 @@ class LossGuard(pl.Callback):
         gradients = f"; largest gradients at step {step}: {listed}" if sizes else ""
         if sizes and step < position.step - 1 and all(size < _LARGE_GRADIENT for size in sizes.values()):
             # Small gradients of an earlier step do not show what went wrong.
-            gradients = "; trainer.log_every_n_steps 1 adds the largest gradients of the step before to this message"
+            gradients = "; set trainer.log_every_n_steps to 1 to see the largest gradients of the step before"
         raise UserError(
             f"the loss is NaN or infinite at step {position.step} (batch {position.batch} of epoch "
             f"{position.epoch}{where}{found}): {self.advice}{gradients}"

@@ -76,7 +76,16 @@ _SERVICE = Service()
 
 
 class RunLogger(WandbLogger):
-    """Lightning's WandbLogger, for a command that goes on without W&B if W&B's process ends."""
+    """Lightning's WandbLogger, for a command that goes on without W&B if W&B's process ends.
+
+    Args:
+        experiment: the run, which has been started.
+    """
+
+    def __init__(self, experiment: wandb.Run) -> None:
+        super().__init__(experiment=experiment)
+        # A process of W&B that ended with an earlier run has been replaced.
+        _SERVICE.is_connected = True
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         _SERVICE.attempt(lambda: super(RunLogger, self).log_metrics(metrics, step))
@@ -131,7 +140,6 @@ def start_wandb(
             # An offline run would store every redraw of a progress bar in its console output.
             settings=wandb.Settings(console="off", silent=True, init_timeout=30),
         )
-        _SERVICE.is_connected = True
         _define_metrics(run)
         return RunLogger(experiment=run)
 
