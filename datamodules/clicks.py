@@ -163,8 +163,8 @@ class FolderData(pl.LightningDataModule):
         _, world = self._rank_and_world
         require(
             world <= LANES or self.shuffle != "window",
-            f"{world} ranks, but data.shuffle window reads {LANES} lanes, and each rank needs one: use at most "
-            f"{LANES} ranks, or data.shuffle full with data.cache memory, or none",
+            f"there are {world} ranks, and data.shuffle window serves at most {LANES}: use at most {LANES} ranks, or "
+            "set data.shuffle to none, or to full with data.cache memory",
         )
         # As with Lightning's own samplers, overfit_batches takes the same batches in every epoch.
         overfits = getattr(self.trainer, "overfit_batches", 0) > 0

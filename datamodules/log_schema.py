@@ -184,10 +184,17 @@ class LogSchema:
         plain = self.unknown == "none" and all(self.missing_of(column) == "zero" for column in tables)
         require(
             self.id_modulo is None or plain,
-            "id_modulo needs 'unknown: none', and 'missing: zero' of every categorical column",
+            "id_modulo needs 'unknown: none', and 'missing: zero' of every categorical column: set both, or leave "
+            "id_modulo out",
         )
-        require(not self.list_rare or self.unknown != "none", "list_rare needs a row of rare values; change unknown")
-        require(self.mlperf_bags is None or self.format == "criteo", "mlperf_bags is for format criteo")
+        require(
+            not self.list_rare or self.unknown != "none",
+            "list_rare is true, and 'unknown: none' keeps no row for rare values: set unknown to another value, or "
+            "leave list_rare out",
+        )
+        require(
+            self.mlperf_bags is None or self.format == "criteo", "mlperf_bags is for format criteo alone; leave it out"
+        )
 
     def _check_criteo(self) -> None:
         """Check that the schema asks only for what Criteo's text has."""

@@ -99,11 +99,13 @@ class LogColumn:
             f"transform {self.transform} does not make categories of numbers; expected {' or '.join(BINS)}, or role "
             "dense",
         )
-        require(self.bins is None or self.transform == "quantile", "bins is for transform quantile")
+        require(
+            self.bins is None or self.transform == "quantile", "bins is for transform quantile alone; leave bins out"
+        )
         require(self.bins is None or 2 <= self.bins <= MOST_BINS, f"bins is {self.bins}, expected 2 to {MOST_BINS}")
         require(
             self.transform is None or self.type is None,
-            "type is for categories that are made without a transform; leave one out",
+            "type is for categories that are made without a transform, and transform is given: leave one of them out",
         )
         require(
             self.fill is None or self.transform != "log_plus_three",
@@ -111,7 +113,10 @@ class LogColumn:
         )
         require(self.fill is None or math.isfinite(self.fill), f"fill is {self.fill}, expected a number")
         require(self.separator != "", "separator is empty; leave it out for a column of lists")
-        require(self.separator or not self.brackets, "brackets needs separator, such as ','; lists need neither")
+        require(
+            self.separator or not self.brackets,
+            "brackets is set without separator: add separator, such as ',', or leave brackets out for columns of lists",
+        )
         check_limits(self.min_count, self.max_rows)
         if self.time is not None and self.time not in ("unix", "unix_ms", "iso"):
             require(

@@ -315,7 +315,7 @@ class Job:
                 changed = "split" if self.recipe.of_criteo else "label or split"
                 raise UserError(
                     f"every label of the {split} split is {int(positives == rows)} ({rows:,} in all); expected "
-                    f"both: {why}; "
+                    f"labels 0 and 1: {why}; "
                     f"give more input, or change {changed} in the schema"
                 )
 

@@ -122,7 +122,7 @@ def _contenders(
     if importlib.util.find_spec("fbgemm_gpu") is not None:
         makers["peer"] = _Fbgemm(workload, device), [_table_major(of_tables) for of_tables in plain]
     else:
-        print("FBGEMM is not installed, and not among the contenders")
+        print("FBGEMM is not installed, so it is not measured")
     grad = torch.randn(args.batch_size, args.tables, args.width, device=device) * 1e-3
     grads = {"32-true": grad, "bf16-mixed": grad.bfloat16()}
     return {

@@ -135,7 +135,9 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     unprofiled = {(row.implementation, row.precision): row.median_s for row in totals}
     typical = {key: _typical(profile) for key, profile in profiles.items()}
     parts = {p: _parts(typical["ours", p], roofline.costs(workload, batches, p)) for p in args.precision}
-    doubts = ["The rounds differ much, so these numbers are uncertain."] * any(map(is_uncertain, totals))
+    doubts = ["The times of the rounds differ by over 25%, so these numbers are uncertain."] * any(
+        map(is_uncertain, totals)
+    )
     for precision, of_parts in parts.items():
         named = {_SHOWN[key[0]]: key for key in typical if key[1] == precision}
         operators = {name: _operators(typical[key]) for name, key in named.items()}
@@ -256,7 +258,7 @@ def render_operators(
     cells.append(("without the profiler", *(f"{duration(unprofiled[name])}     " for name in columns)))
     notes = [
         "Times of one step under the profiler, except those of the last row: the step that takes the median time; less "
-        "is better. Both contenders update by SGD. lightning_dlrm makes the gradients of table rows in the optimizer, "
+        "is better. Both update by SGD. lightning_dlrm makes the gradients of table rows in the optimizer, "
         "plain PyTorch in embedding backward.",
         *doubts,
         *_profiler_warnings(steps, unprofiled, bool(doubts)),
@@ -336,7 +338,8 @@ def render_roofline(
     notes = [
         "The parts of the same step of lightning_dlrm, each with forward and backward pass together; update is the "
         "optimizer above. MFLOP and MB are those of one step.",
-        "A part reaches floor / takes; 100% is the limit of this machine.",
+        "A part reaches floor / takes; 100% is the limit of this machine. The profiler lengthens takes, and so lowers "
+        "reaches.",
         *doubts,
     ]
     if any(rates.floor_of(part, cost, precision) > seconds for part, (cost, seconds) in parts.items()):

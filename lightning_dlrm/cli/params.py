@@ -95,8 +95,8 @@ def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
     lost = [option.partition("=")[0] for option in rest if option.startswith("--model.")]
     if lost:
         raise UserError(
-            f"{lost[0]} would be missing in the new configuration: put it into an overlay and name the overlay after "
-            f"{options.match[-1]}"
+            f"--match does not write {lost[0]} to the new configuration: put {lost[0]} into a YAML file and list that "
+            f"file after {options.match[-1]}"
         )
     ours, theirs = (
         build_model_and_data([*(f"--config={name}" for name in names), *rest], _parser())

@@ -219,7 +219,7 @@ def read_predictions(path: Path, rows: int) -> tuple[NDArray[np.int64], NDArray[
         raise UserError(f"cannot read {path}: {one_line(error)}; make it again with predict") from error
     require(
         len(table) == rows and not any(column.null_count for column in table.columns),
-        f"{path} lacks values: make it again with predict",
+        f"{path} has empty values or too few rows; make it again with predict",
     )
     # torch warns about Arrow's memory, which is read-only.
     return table["row"].to_numpy(), table["probability"].to_numpy().copy()

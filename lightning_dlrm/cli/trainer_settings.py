@@ -195,8 +195,8 @@ def check_early_stopping_after_validation(trainer: Namespace) -> None:
             continue
         require(
             not options.check_on_train_epoch_end,
-            "trainer.callbacks: EarlyStopping's check_on_train_epoch_end runs after the checkpoint of a validation is "
-            "saved, so the checkpoint would lack its count: leave it out",
+            "trainer.callbacks: EarlyStopping has check_on_train_epoch_end true, and would count after the checkpoint "
+            "of a validation is saved, so checkpoints would lack the count: leave check_on_train_epoch_end out",
         )
         options.check_on_train_epoch_end = False
 

@@ -161,8 +161,8 @@ def read_samples(run: Run, split: Split, group: str | None = None) -> Samples:
     counted = int((~np.isnan(group_aucs(np.zeros(len(labels), np.float32), labels, groups).auc)).sum())
     if counted < 2:
         raise UserError(
-            f"{counted} of the groups of {data.group} in the {split} split of {data.folder} have both labels, but an "
-            "AUC by group needs two: group by another column"
+            f"{counted} of the groups of {data.group} in the {split} split of {data.folder} have samples of both "
+            "labels; an AUC by group needs two such groups: group by another column"
         )
     return replace(samples, groups=groups)
 

@@ -68,8 +68,8 @@ class EmbeddingShardedDDP(DDPStrategy):
         start_method = options.get("start_method", "popen")
         require(
             start_method == "popen",
-            f"strategy: start_method {start_method} trains in copies of this process, which could not save the run; "
-            "leave it out",
+            f"strategy: start_method is {start_method}; expected popen, because copies of this process could not save "
+            "the run: leave start_method out",
         )
         super().__init__(**{"gradient_as_bucket_view": True} | options)
         self._plan_file = plan

@@ -118,7 +118,8 @@ def torch_class(rule: UpdateRule) -> DenseOptimizer:
     name, arguments = torch_optimizer(type(rule).__name__, vars(rule))
     settings = ", ".join(f"{key}={value}" for key, value in arguments.items())
     warnings.warn(
-        f"rules update rows of tables; give dense_optimizer functools.partial(torch.optim.{name}, {settings})",
+        "dense_optimizer is an update rule of tables, which is deprecated; give "
+        f"functools.partial(torch.optim.{name}, {settings})",
         DeprecationWarning,
         stacklevel=3,
     )

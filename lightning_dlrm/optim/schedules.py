@@ -112,9 +112,9 @@ class StepSchedule(LRScheduler):
         before, now = state_dict.get("total_steps"), getattr(self, "total_steps", None)
         if before is not None and now is not None and before != now:
             log.info(
-                "the schedule %s now spans %s steps, and %s before: the steps so far had other learning rates than in "
-                "a fit of %s steps from the start",
-                *(type(self).__name__, f"{now:,}", f"{before:,}", f"{now:,}"),
+                "the fit now has %s steps, and %s before: schedule %s gave the steps so far the learning rates of a "
+                "fit of %s steps",
+                *(f"{now:,}", f"{before:,}", type(self).__name__, f"{before:,}"),
             )
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             if isinstance(group["lr"], Tensor):

@@ -147,7 +147,7 @@ def link_checkpoint(source: Path, folder: Path) -> None:
         shutil.copytree(source, partial, copy_function=_link_or_copy)
         _publish(partial, folder)
     except OSError as error:
-        raise UserError(f"cannot keep {source} as {folder}: {error}; free disk space, then resume") from error
+        raise UserError(f"cannot copy checkpoint {source} to {folder}: {error}; free disk space and resume") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -125,7 +125,8 @@ class TableSettings:
         )
         require(
             self.initial_std is None or (0 <= self.initial_std < math.inf and self.initial_bound is None),
-            f"tables.initial_std is {self.initial_std} and initial_bound {self.initial_bound}; expected one, 0 or more",
+            f"tables.initial_std is {self.initial_std} and initial_bound {self.initial_bound}; expected a number of 0 "
+            "or more for one of them, and null for the other",
         )
         require(
             self.padding_row is None or self.padding_row >= 0,

@@ -113,8 +113,8 @@ class Table:
     def __post_init__(self) -> None:
         require(
             self.zero_row is None or self.zero_row < max(self.rows, 1),
-            f"tables.padding_row is {self.zero_row}, and table {self.name} has {self.rows} rows; expected a row of "
-            "each table",
+            f"tables.padding_row is {self.zero_row}, and table {self.name} has {self.rows} rows; expected a row "
+            f"that every table has, here at most {max(self.rows, 1) - 1}",
         )
 
     @staticmethod

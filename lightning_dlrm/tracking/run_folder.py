@@ -144,7 +144,10 @@ class RunFolder:
             is_line = isinstance(content, dict) and type(content.get(names.STEP)) is int and content[names.STEP] >= 0
             require(is_line, f"{self.metrics} has a line without a step ({line[:40]!r}); remove the line")
             other = [name for name, value in content.items() if not isinstance(value, (int, float, NoneType))]
-            require(not other, f"{self.metrics} has {other[:1]} that is not a number in a line; remove the line")
+            require(
+                not other,
+                f"{self.metrics}: {''.join(other[:1])} is not a number in the line {line[:40]!r}; remove the line",
+            )
             found.append(content)
         return found
 

@@ -62,7 +62,7 @@ __all__ = ["own_folders"]  # a fixture that every test uses
             '--trainer.callbacks.monitor={"validation/auc":1.0,"validation/log_loss":0.5}',
             "of validation/log_loss (weight 0.5) are better: give it the weight -0.5",
         ),
-        (f"{STOP_EARLY}validation/log_loss --trainer.callbacks.check_on_train_epoch_end=true", "leave it out"),
+        (f"{STOP_EARLY}validation/log_loss --trainer.callbacks.check_on_train_epoch_end=true", "epoch_end out"),
     ],
 )
 def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

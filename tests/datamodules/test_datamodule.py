@@ -280,7 +280,7 @@ def test_a_batch_size_below_one_is_refused(folder: Path, name: str) -> None:
 def test_more_ranks_than_lanes_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Criteo(str(folder))
     monkeypatch.setattr(Criteo, "_rank_and_world", (0, 49))
-    with pytest.raises(UserError, match=r"49 ranks, but data\.shuffle window reads 48 lanes"):
+    with pytest.raises(UserError, match=r"49 ranks, and data\.shuffle window serves at most 48"):
         data.train_dataloader()
     assert DatasetSchema.load(folder) == data.schema
 

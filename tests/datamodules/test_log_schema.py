@@ -178,7 +178,7 @@ def test_a_label_is_a_column_or_a_condition(text: str, label: Label):
         ({"split": {"by": "days", "held_out": ["test", "test"]}}, "held_out is test and test; expected test and vali"),
         ({"id_modulo": 5, "unknown": "none", "columns": {"C1": {"role": "categorical", "type": "hash"}}}, "id_modulo"),
         ({"mlperf_bags": {"seed": -1}}, "mlperf_bags: seed is -1; expected 0 to"),
-        ({"list_rare": True, "unknown": "none"}, "list_rare needs a row of rare values; change unknown"),
+        ({"list_rare": True, "unknown": "none"}, "list_rare is true, and 'unknown: none' keeps no row for rare values"),
     ],
 )
 def test_format_criteo_takes_what_its_text_has(keys: dict[str, Any], message: str):

@@ -128,13 +128,16 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
 def test_settings_out_of_range_are_refused() -> None:
     for settings, message in (
         ({"dense_gradients": True, "on_host": "all"}, "dense_gradients and tables.on_host exclude each other"),
-        ({"initial_std": -1.0}, "initial_std is -1.0 and initial_bound None; expected one"),
-        ({"initial_std": 1.0, "initial_bound": 1.0}, "expected one, 0 or more"),
+        ({"initial_std": -1.0}, "initial_std is -1.0 and initial_bound None; expected a number of 0 or more"),
+        ({"initial_std": 1.0, "initial_bound": 1.0}, "expected a number of 0 or more for one of them"),
         ({"padding_row": -1}, "padding_row is -1; expected the number of a row"),
     ):
         with pytest.raises(UserError, match=message):
             TableSettings(**settings)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"padding_row is 4, and table A has 4 rows; expected a row of each table"):
+    with pytest.raises(
+        UserError,
+        match=r"padding_row is 4, and table A has 4 rows; expected a row that every table has",
+    ):
         Embeddings({"A": 4}, 2, 1, TableSettings(padding_row=4))
     with pytest.raises(UserError, match=r"regularization.network_l2 is -1; expected a number of 0 or more"):
         Regularization(network_l2=-1)

@@ -85,7 +85,7 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "--match needs --to" in refusal("--match", "dcn.yaml", *output)
     assert "--match needs --output" in refusal("--match", "dcn.yaml", "--to", "dlrm.yaml")
     message = refusal("--match", "dcn.yaml", "--to", "dlrm.yaml", "--model.network.embedding_dim=8", *output)
-    assert "--model.network.embedding_dim would be missing" in message
+    assert "--match does not write --model.network.embedding_dim" in message
     assert "--by size is not one of" in refusal("--match", "dcn.yaml", "--to", "dlrm.yaml", "--by", "size", *output)
     message = refusal("--match", "matrix_factorization.yaml", "--to", "dlrm.yaml", *output)
     assert "MatrixFactorization has no hidden layers" in message

@@ -288,8 +288,8 @@ def test_schedules_go_on_after_a_saved_step(caplog: pytest.LogCaptureFixture) ->
         schedule.load_state_dict(schedule.state_dict())
     (said,) = caplog.messages
     assert said == (
-        "the schedule WarmupThenDecay now spans 10 steps, and 7 before: the steps so far had other learning rates than "
-        "in a fit of 10 steps from the start"
+        "the fit now has 10 steps, and 7 before: schedule WarmupThenDecay gave the steps so far the learning rates of "
+        "a fit of 7 steps"
     )
     assert [group["lr"] for group in optimizer.param_groups] == [0.1 * 0.5**2, 0.2 * 0.5**2] == schedule.get_last_lr()
     assert schedule.state_dict() == {"last_epoch": 5, "total_steps": 10}
