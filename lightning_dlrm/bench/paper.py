@@ -20,7 +20,7 @@ from lightning_dlrm.bench.measurement import (
     check,
     duration,
 )
-from lightning_dlrm.bench.rendering import is_uncertain
+from lightning_dlrm.bench.rendering import LARGE_SPREAD, is_uncertain
 from lightning_dlrm.bench.roofline import Part
 from lightning_dlrm.bench.step import StepKey
 from lightning_dlrm.contracts.errors import UserError
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     unprofiled = {(row.implementation, row.precision): row.median_s for row in totals}
     typical = {key: _typical(profile) for key, profile in profiles.items()}
     parts = {p: _parts(typical["ours", p], roofline.costs(workload, batches, p)) for p in args.precision}
-    doubts = ["The times of the rounds differ by over 25%, so these numbers are uncertain."] * any(
+    doubts = [f"The times of the rounds differ by over {LARGE_SPREAD:.0%}, so these numbers are uncertain."] * any(
         map(is_uncertain, totals)
     )
     for precision, of_parts in parts.items():

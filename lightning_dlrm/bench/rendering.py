@@ -60,7 +60,7 @@ _SIZES: Mapping[str, str] = {
 }
 _EXACT = 1e-15
 """Difference of two AUCs below which they are equal in float64."""
-_LARGE_SPREAD = 0.25
+LARGE_SPREAD = 0.25
 """Spread of the rounds, as a share of their median, from which on a result is uncertain."""
 _MOST_OF_LOOP = 1.05
 """Speed of a fit, as a share of that of its own loop, above which the measurement is uncertain."""
@@ -101,7 +101,7 @@ def _time(row: Measurement, factor: float) -> str:
 
 def is_uncertain(row: Measurement) -> bool:
     """Return whether the times of the rounds differ much."""
-    return row.spread_s > _LARGE_SPREAD * row.median_s
+    return row.spread_s > LARGE_SPREAD * row.median_s
 
 
 def _uncertainty(measured: Sequence[Measurement]) -> str:
@@ -123,7 +123,7 @@ def _uncertainty(measured: Sequence[Measurement]) -> str:
         times = ", ".join([f"the times of {label} differ by {_spread(worst)} of their median", *also])
         return f"warning: uncertain: {times}. {unknown}{do}"
     if unsure:
-        return f"warning: a ratio differs by more than {_LARGE_SPREAD:.0%} between the rounds. {unknown}{do}"
+        return f"warning: a ratio differs by more than {LARGE_SPREAD:.0%} between the rounds. {unknown}{do}"
     return ""
 
 
@@ -235,7 +235,7 @@ def _range(row: Measurement, name: str) -> tuple[float, float] | None:
 def _is_sure(row: Measurement, name: str) -> bool:
     """Return whether a row has several rounds, whose ratios are near each other."""
     range_ = _range(row, name)
-    return range_ is not None and range_[1] - range_[0] <= _LARGE_SPREAD * row.extra[name]
+    return range_ is not None and range_[1] - range_[0] <= LARGE_SPREAD * row.extra[name]
 
 
 def _comparison(row: Measurement, name: str) -> str:

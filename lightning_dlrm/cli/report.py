@@ -1,6 +1,5 @@
 """Text that commands print at their start and at their end."""
 
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from lightning_dlrm.contracts.terminal import aligned, counted, decimal, emphasi
 from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.kernels.choice import SLOW_BF16, bf16_is_slow
 from lightning_dlrm.models.network import ModelSize
+from lightning_dlrm.objectives.metrics import click_rate_log_loss
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
 from lightning_dlrm.tracking.sparkline import sparkline
@@ -255,10 +255,9 @@ def score_table(split: str, columns: Mapping[str, Mapping[str, float]], schema: 
     shown = dict(columns)
     if of_split is not None and of_split.positives and of_split.positives < of_split.rows:
         rate = of_split.positives / of_split.rows
-        entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
         shown["click rate alone"] = {
             "auc": 0.5,
-            "log_loss": entropy,
+            "log_loss": click_rate_log_loss(rate),
             "normalized_entropy": 1.0,
             "accuracy": max(rate, 1 - rate),
             "calibration": 1.0,

@@ -22,6 +22,7 @@ from lightning_dlrm.compare.ranking import is_figure5
 from lightning_dlrm.compare.results import CLICK_RATE_ALONE, Comparison
 from lightning_dlrm.compare.runs import Arm
 from lightning_dlrm.compare.statistics import HIGHER_IS_BETTER, Score
+from lightning_dlrm.objectives.metrics import click_rate_log_loss
 from lightning_dlrm.tracking import names
 
 FIRST_SHOWN = 0.05
@@ -216,7 +217,7 @@ class ResultDrawing(Drawing):
         run = self.comparison.runs[0]
         if split == names.TRAIN:
             rate = self.comparison.scores[run.name].samples.train_click_rate
-            return float(-rate * np.log(rate) - (1 - rate) * np.log(1 - rate)) if rate and rate < 1 else 0.0
+            return click_rate_log_loss(rate) if rate else 0.0
         loss, normalized = (run.final.get(f"{split}/{name}") for name in ("log_loss", "normalized_entropy"))
         return loss / normalized if loss and normalized else 0.0
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.models.network import PROBABILITIES, CTRNetwork, place_of, returns_probabilities
-from lightning_dlrm.objectives.metrics import chance_deviation
+from lightning_dlrm.objectives.metrics import chance_deviation, click_rate_log_loss
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.finite import is_finite, nonfinite_tensors
@@ -231,8 +231,7 @@ def words_of_chance(
     if abs(log_loss - math.log(2)) < 0.001:
         zero = "; or all logits are about 0, because the last layer ends in a ReLU (see linear_output of MLP)"
     listed = " and ".join(f"{rate:g} for {group}" for group, rate in rates.items())
-    share = clicks / samples
-    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    entropy = click_rate_log_loss(clicks / samples)
     if log_loss > _DIVERGED * entropy:
         return (
             f"{found}{'s' * bool(large)}: {large}learning rates ({listed}) that are too high: the log loss is "

@@ -97,6 +97,15 @@ def exact_auc(scores_N: Samples, labels_N: Samples, peers: Peers = SINGLE_RANK) 
     return (twice_below if positives_rarer else 2 * pairs - twice_below) / (2 * pairs)
 
 
+def click_rate_log_loss(rate: float) -> float:
+    """Return the log loss of predicting the click rate of all samples for each, in nats per sample: its entropy.
+
+    >>> round(click_rate_log_loss(0.5), 4), click_rate_log_loss(1.0) == 0
+    (0.6931, True)
+    """
+    return -sum(p * math.log(p) for p in (rate, 1 - rate) if p > 0)
+
+
 def chance_deviation(clicks: int, others: int) -> float:
     """Return the standard deviation of the AUC of random predictions (Mann and Whitney 1947).
 
@@ -231,7 +240,7 @@ def click_metrics(
     if not samples:
         raise ValueError("metrics need at least one sample")
     rate = clicks / samples
-    base_entropy = -sum(p * math.log(p) for p in (rate, 1 - rate) if p > 0)
+    base_entropy = click_rate_log_loss(rate)
     return {
         "log_loss": loss / samples,
         "auc": exact_auc(logits_N, labels_N, peers),
