@@ -154,7 +154,7 @@ def test_torchrun_with_the_shipped_devices_is_refused(
 
 
 def test_processes_that_could_not_save_are_refused() -> None:
-    with pytest.raises(UserError, match="start_method spawn"):
+    with pytest.raises(UserError, match="start_method is spawn; expected popen"):
         EmbeddingShardedDDP(start_method="spawn")
 
 
